@@ -1,0 +1,39 @@
+"""Graph convolutional network (Kipf and Welling, ICLR 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+class GCN(nn.Module):
+    """Two graph convolutions: `Z = Â drop(relu(Â drop(X) W₁ + b₁)) W₂ + b₂`.
+
+    Weights start Glorot uniform and biases zero, the default of torch-geometric's `GCNConv`.
+
+    Args:
+        features: columns of X.
+        hidden: width of the hidden layer.
+        classes: columns of Z.
+        dropout: probability of dropping an entry of either layer's input.
+    """
+
+    def __init__(self, features: int, hidden: int, classes: int, dropout: float = 0.5) -> None:
+        from torch_geometric.nn import GCNConv  # takes seconds: only where a graph is used
+
+        super().__init__()
+        self.dropout1 = nn.Dropout(dropout)
+        self.conv1 = GCNConv(features, hidden, normalize=False)
+        self.relu = nn.ReLU()
+        self.dropout2 = nn.Dropout(dropout)
+        self.conv2 = GCNConv(hidden, classes, normalize=False)
+
+    def forward(self, features: Tensor, adjacency: Tensor) -> Tensor:
+        """Logits of all nodes `(nodes, classes)` from X `(nodes, features)` and the normalised adjacency Â."""
+        hidden = self.relu(self.conv1(self.dropout1(features), adjacency))
+        return self.conv2(self.dropout2(hidden), adjacency)
+
+    def decayed_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters under weight decay: the first layer's, as in the original."""
+        return self.conv1.parameters()

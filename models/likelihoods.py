@@ -1,0 +1,158 @@
+"""Likelihoods: what a model's outputs mean.
+
+A likelihood turns outputs `z` and targets `y` into the per-example negative log-likelihood `ℓ(z, y)` and knows, in
+closed form, what curvature methods ask of it: the residual `∂ℓ/∂z`, the Hessian `∂²ℓ/∂z²`, and residuals at labels
+drawn from the model's own output, whose second moment is that Hessian. All are sums over an example's outputs, never
+means, and none waits for the device. The first dimension runs over the `m` examples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Bernoulli:
+    """Independent pixels `y ∈ [0, 1]` with logits `z`: `ℓ = Σ_j log(1 + exp z_j) − y_j z_j`.
+
+    The metric is the squared reconstruction error summed over pixels.
+
+    >>> outputs, targets = torch.zeros(1, 2), torch.ones(1, 2)
+    >>> Bernoulli().nll(outputs, targets) / math.log(2)
+    tensor([2.])
+    """
+
+    metric_name = "error"
+    metric_mode = "min"
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each example, `(m,)`."""
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).sum(1)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`∂ℓ/∂z = σ(z) − y`."""
+        return outputs.sigmoid() - targets
+
+    def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The residual at labels drawn from the output, by `generator` on the outputs' device."""
+        probabilities = outputs.detach().sigmoid()
+        return probabilities - torch.bernoulli(probabilities, generator=generator)
+
+    def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """`∂²ℓ/∂z² v = σ(z)(1 − σ(z)) v`."""
+        probabilities = outputs.sigmoid()
+        return probabilities * (1 - probabilities) * v
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error of the reconstruction `σ(z)`, summed over pixels, `(m,)`."""
+        return (outputs.sigmoid() - targets).square().flatten(1).sum(1)
+
+
+class Categorical:
+    """One of C classes with logits `z` `(m, C)` and labels `y` `(m,)`: `ℓ = log Σ_c exp z_c − z_y`.
+
+    The metric is the accuracy.
+    """
+
+    metric_name = "accuracy"
+    metric_mode = "max"
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each example, `(m,)`."""
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`∂ℓ/∂z = softmax(z) − onehot(y)`."""
+        return _minus_onehot(outputs.softmax(1), targets)
+
+    def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The residual at labels drawn from the output, by `generator` on the outputs' device."""
+        probabilities = outputs.detach().softmax(1)
+        # argmax p/e with exponential e draws from p; torch.multinomial checks its input on the host.
+        noise = torch.empty_like(probabilities).exponential_(generator=generator)
+        return _minus_onehot(probabilities, (probabilities / noise).argmax(1))
+
+    def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """`∂²ℓ/∂z² v = p ∘ v − p (pᵀv)` with `p = softmax(z)`."""
+        weighted = outputs.softmax(1) * v
+        return weighted - outputs.softmax(1) * weighted.sum(1, keepdim=True)
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """1 where the likeliest class is the label, else 0, `(m,)`."""
+        return (outputs.argmax(1) == targets).to(outputs.dtype)
+
+
+class Gaussian:
+    """Unit-variance outputs: `ℓ = ½ ‖z − y‖²`, less its constant.
+
+    The metric is the squared reconstruction error summed over outputs.
+    """
+
+    metric_name = "error"
+    metric_mode = "min"
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each example, `(m,)`."""
+        return self.metric(outputs, targets) / 2
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`∂ℓ/∂z = z − y`."""
+        return outputs - targets
+
+    def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The residual at labels drawn from the output, by `generator` on the outputs' device: standard normal."""
+        return torch.empty_like(outputs).normal_(generator=generator)
+
+    def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """`∂²ℓ/∂z² v = v`."""
+        return v
+
+    def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error summed over outputs, `(m,)`."""
+        # Written out: F.mse_loss has no forward-over-reverse derivative.
+        return (outputs - targets).square().flatten(1).sum(1)
+
+
+class Scaled:
+    """`factor` times another likelihood's loss; the metric is the other's own.
+
+    Args:
+        likelihood: the likelihood to scale.
+        factor: positive.
+
+    Raises:
+        ValueError: if the factor is not positive.
+    """
+
+    def __init__(self, likelihood: Bernoulli | Categorical | Gaussian, factor: float) -> None:
+        if not factor > 0:
+            raise ValueError(f"factor is {factor}; use a positive number")
+        self.likelihood = likelihood
+        self.factor = factor
+        self.metric_name = likelihood.metric_name
+        self.metric_mode = likelihood.metric_mode
+        self.metric = likelihood.metric
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`factor · ℓ`, `(m,)`."""
+        return self.factor * self.likelihood.nll(outputs, targets)
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """`factor · ∂ℓ/∂z`."""
+        return self.factor * self.likelihood.residual(outputs, targets)
+
+    def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`√factor` times the other's, so that the second moment is the scaled Hessian."""
+        return math.sqrt(self.factor) * self.likelihood.sampled_residual(outputs, generator)
+
+    def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
+        """`factor · ∂²ℓ/∂z² v`."""
+        return self.factor * self.likelihood.hessian_product(outputs, v)
+
+
+def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:
+    minus_one = probabilities.new_full((), -1).expand(len(labels), 1)
+    return probabilities.scatter_add(1, labels[:, None], minus_one)
