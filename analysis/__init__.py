@@ -1,0 +1,1 @@
+"""Records to verdicts: tables, figures, claims and the report, computed from record folders alone."""

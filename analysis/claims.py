@@ -1,0 +1,343 @@
+"""The claims of the papers, each one declared entry, judged from records alone.
+
+A claim says which methods it is about, against which rivals, on which families of tasks, and by which test. Every
+test returns, for each measure, rows of numbers and a verdict. Missing runs, or fewer seeds than the profile asks for,
+make it *not tested*; nothing here is typed in by hand. Margins and definitions are the protocol's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from analysis import statistics
+from analysis.records import Records
+
+REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
+MEASURES = {"train_loss": "training loss", "test_metric": "test metric"}
+LW = ("lw_sgdm", "lw_adamw")
+FIRST_ORDER = ("sgdm", "adamw")
+LOSS_MARGIN, LOSS_FLOOR, ACCURACY_MARGIN = 0.02, 0.01, 0.005
+ABOUT, COMPARABLE_MEMORY, SLIGHTLY_ABOVE, INSENSITIVE = 0.15, 1.25, 1.3, 0.1
+LW_PAPER, MBF_PAPER, KBFGS_PAPER = "arXiv:2305.13664, abstract", "arXiv:2202.04124, abstract", "arXiv:2006.08877"
+
+
+class NotTestedError(Exception):
+    """What is missing for a test."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One measure's outcome: the verdict, a sentence, and the rows of numbers it rests on."""
+
+    measure: str
+    verdict: str
+    reason: str
+    rows: list[dict]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A declared claim.
+
+    Attributes:
+        id: As in the protocol.
+        sentence: The claim in our own words.
+        source: The paper.
+        methods: Whom it is about; every one must hold.
+        rivals: Whom they are compared with: the same for each method, or in pairs when `paired`.
+        test: Yields the verdicts.
+        families: Families of tasks it is about (all where empty).
+        paired: The i-th method is compared with the i-th rival alone.
+    """
+
+    id: str
+    sentence: str
+    source: str
+    methods: tuple[str, ...]
+    rivals: tuple[str, ...]
+    test: Callable[[Records, Claim], list[Verdict]]
+    families: tuple[str, ...] = ()
+    paired: bool = False
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        if self.paired:
+            return list(zip(self.methods, self.rivals, strict=True))
+        return [(method, rival) for method in self.methods for rival in self.rivals]
+
+
+# ---- what the tests share ------------------------------------------------------------------------------------------
+
+
+def tasks_of(records: Records, claim: Claim) -> list[str]:
+    """The profile's tasks of the claim's families; a task without any final run is missing, not left out."""
+    families = dict(zip(records.runs.task, records.runs.family, strict=True))
+    tasks = [t for t in records.tasks if not claim.families or families.get(t, t.split("_")[0]) in claim.families]
+    if not tasks:
+        raise NotTestedError(f"no task of family {', '.join(claim.families)}" if claim.families else "no final runs")
+    return tasks
+
+
+def runs_of(records: Records, task: str, optimizer: str, alone: bool = False) -> pd.DataFrame:
+    """A method's final runs on a task by seed; as many as the profile asks for, or the claim is not tested."""
+    finals = records.finals
+    runs = finals[(finals.task == task) & (finals.optimizer == optimizer)].set_index("seed")
+    needed = max(records.seeds(task), 2)
+    if len(runs) < needed:
+        raise NotTestedError(f"{optimizer} has {len(runs)} of {needed} seeds on {task}")
+    if alone and runs.contended.any():
+        raise NotTestedError(f"{optimizer} on {task} was timed beside other runs (contended)")
+    return runs
+
+
+def larger_is_better(runs: pd.DataFrame, measure: str) -> bool:
+    """Whether a larger value of the measure is better: an accuracy, as opposed to a loss or an error."""
+    return measure.endswith("_metric") and runs.metric.iloc[0] == "accuracy"
+
+
+def final_values(runs: pd.DataFrame, measure: str) -> pd.Series:
+    """Final values by seed; nan for a diverged run."""
+    return runs[f"final_{measure}"].where(runs.status == "finished")
+
+
+def values_at_equal_time(records: Records, ours: pd.DataFrame, theirs: pd.DataFrame, measure: str) -> tuple:
+    """Values by seed at the training time when the sooner finished of the two runs ends."""
+    values = []
+    for runs in (ours, theirs):
+        at = np.minimum(ours.train_seconds, theirs.train_seconds)
+        curves = (records.curves_by_run[run] for run in runs.run)
+        found = [
+            statistics.value_at_cost(curve.train_seconds, curve[measure], end)
+            for curve, end in zip(curves, at.reindex(runs.index), strict=True)
+        ]
+        values.append(pd.Series(found, index=runs.index).where(runs.status == "finished"))
+    return tuple(values)
+
+
+def margin(theirs: pd.Series, accuracy: bool) -> float:
+    """By how much ours may be worse: 0.5 points of accuracy, or 2 % of the rival's loss but at least 0.01."""
+    loss = theirs[np.isfinite(theirs)].mean()
+    return ACCURACY_MARGIN if accuracy else max(LOSS_FLOOR, LOSS_MARGIN * (loss if np.isfinite(loss) else 0.0))
+
+
+def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
+    try:
+        return judge()
+    except NotTestedError as missing:
+        return Verdict(measure, NOT_TESTED, str(missing), [])
+
+
+# ---- tests ---------------------------------------------------------------------------------------------------------
+
+
+def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim], list[Verdict]]:
+    """The paired test over seeds of "at least as good" or "better", on final values or at equal training time."""
+
+    def judge(records: Records, claim: Claim, measure: str) -> Verdict:
+        rows = []
+        for task in tasks_of(records, claim):
+            for method, rival in claim.pairs:
+                ours = runs_of(records, task, method, alone=equal_time)
+                theirs = runs_of(records, task, rival, alone=equal_time)
+                seeds = ours.index.intersection(theirs.index)
+                if len(seeds) < 2:
+                    raise NotTestedError(f"{method} and {rival} share {len(seeds)} seeds on {task}")
+                ours, theirs = ours.loc[seeds], theirs.loc[seeds]
+                larger = larger_is_better(ours, measure)
+                if equal_time:
+                    x, y = values_at_equal_time(records, ours, theirs, measure)
+                else:
+                    x, y = final_values(ours, measure), final_values(theirs, measure)
+                result = statistics.compare(x, y, margin(y, larger), larger)
+                rows.append({"task": task, "method": method, "rival": rival, "larger": larger} | asdict(result))
+        for row, p in zip(rows, statistics.holm([row["p_worse"] for row in rows]), strict=True):
+            row["p_holm"] = float(p)
+            row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
+        return _all_hold(measure, rows, "is not better" if better else "is worse by more than the margin")
+
+    return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
+
+
+def _all_hold(measure: str, rows: list[dict], failing: str) -> Verdict:
+    failed = [row for row in rows if not row["holds"]]
+    if not failed:
+        return Verdict(measure, REPRODUCED, f"holds in all {len(rows)} comparisons", rows)
+    names = ", ".join(f"{row['method']} {failing} on {row['task']}" for row in failed[:3])
+    return Verdict(measure, NOT_REPRODUCED, f"{len(failed)} of {len(rows)} fail: {names}", rows)
+
+
+def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[Records, Claim], list[Verdict]]:
+    """The median ratio of a per-step cost over seeds is at most `limit` on every task."""
+
+    def judge(records: Records, claim: Claim) -> Verdict:
+        rows = []
+        for task in tasks_of(records, claim):
+            for method, rival in claim.pairs:
+                ratio = _ratio(records, task, method, rival, column)
+                rows.append({"task": task, "method": method, "rival": rival} | ratio | {"limit": limit})
+                rows[-1]["holds"] = ratio["ratio"] <= limit
+        return _all_hold(measure, rows, text)
+
+    return lambda records, claim: [guarded(measure, lambda: judge(records, claim))]
+
+
+def _ratio(records: Records, task: str, method: str, rival: str, column: str) -> dict:
+    alone = column == "seconds_per_step"
+    ours, theirs = (runs_of(records, task, name, alone=alone)[column] for name in (method, rival))
+    ratios = (ours / theirs).replace([np.inf, -np.inf], np.nan).dropna()
+    if not len(ratios):
+        raise NotTestedError(f"{column} of {method} or {rival} on {task} was not measured")
+    return {"n": len(ratios), "ratio": float(ratios.median())}
+
+
+def rescaling_cost(records: Records, claim: Claim) -> list[Verdict]:
+    """AD-1: (time, memory) is about (1.5, 2) or about (2, 1) times the gradient's, or less."""
+
+    def judge() -> Verdict:
+        rows = []
+        for task in tasks_of(records, claim):
+            for method, rival in claim.pairs:
+                time = _ratio(records, task, method, rival, "seconds_per_step")
+                memory = _ratio(records, task, method, rival, "peak_memory_bytes")["ratio"]
+                holds = any(
+                    time["ratio"] <= t * (1 + ABOUT) and memory <= m * (1 + ABOUT) for t, m in ((1.5, 2.0), (2.0, 1.0))
+                )
+                row = {"task": task, "method": method, "rival": rival} | time | {"memory_ratio": memory}
+                rows.append(row | {"holds": holds})
+        return _all_hold("cost per step", rows, "costs more")
+
+    return [guarded("cost per step", judge)]
+
+
+def schedule_and_insensitivity(records: Records, claim: Claim) -> list[Verdict]:
+    """LW-6, in two parts (both tests are ours: the abstract gives none)."""
+    return [
+        guarded("step sizes as a schedule", lambda: _schedule(records, claim)),
+        guarded("insensitivity", lambda: _insensitive(records, claim)),
+    ]
+
+
+def mean_step_sizes(records: Records, run: str) -> pd.Series:
+    """Geometric mean over layers of the step sizes by step, of the positive ones."""
+    layers = records.layers(run)
+    sizes = layers[(layers.quantity == "step_size") & (layers.value > 0)]
+    return np.exp(np.log(sizes.value.astype(float)).groupby(sizes.step).mean())
+
+
+def _schedule(records: Records, claim: Claim) -> Verdict:
+    """From their peak on, the step sizes fall like a schedule's: Spearman's correlation with time, Holm over all."""
+    rows = []
+    for task in tasks_of(records, claim):
+        for method in claim.methods:
+            seeds = [mean_step_sizes(records, run) for run in runs_of(records, task, method).run]
+            sizes = np.exp(pd.concat([np.log(s) for s in seeds], axis=1).mean(axis=1)).sort_index()
+            fall = sizes.loc[sizes.idxmax() :] if len(sizes) else sizes
+            if len(sizes) < 5:
+                raise NotTestedError(f"{method} on {task} has step sizes at {len(sizes)} evaluations, 5 are needed")
+            test = scipy_stats.spearmanr(fall.index, fall, alternative="less") if len(fall) > 4 else None
+            row = {"task": task, "method": method, "n": len(seeds), "peak_at": float(sizes.idxmax() / sizes.index[-1])}
+            row |= {"last_over_peak": float(fall.iloc[-1] / fall.iloc[0])}
+            correlation, p = (float(test.statistic), float(test.pvalue)) if test else (np.nan, 1.0)
+            rows.append(row | {"correlation": correlation, "p": p})
+    for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
+        row |= {"p_holm": float(p), "holds": bool(p <= statistics.ALPHA)}
+    return _all_hold("step sizes as a schedule", rows, "has no falling trend")
+
+
+def _insensitive(records: Records, claim: Claim) -> Verdict:
+    """Final training loss within 10 % of the best over two decades of one field of the method's config."""
+    rows = []
+    for task in tasks_of(records, claim):
+        for method in claim.methods:
+            field, values = _varied_field(records, task, method)
+            near = statistics.near_best(values.to_numpy(), within=INSENSITIVE)
+            row = {"task": task, "method": method, "field": field, "n": len(values)}
+            row |= {"from": float(values.index.min()), "to": float(values.index.max())}
+            rows.append(row | {"holds": bool(near.all())})
+    return _all_hold("insensitivity", rows, "is sensitive")
+
+
+def _varied_field(records: Records, task: str, method: str) -> tuple[str, pd.Series]:
+    """The numeric field whose values span two decades among the runs of a method, and the mean final loss by value."""
+    runs = records.runs
+    runs = runs[(runs.task == task) & (runs.optimizer == method) & ~runs.holdout]
+    runs = runs[runs.status.isin(["finished", "diverged"])]
+    fields = pd.DataFrame([config.get("optimizer") or {} for config in runs.config], index=runs.index)
+    varied = [c for c in fields.columns if fields[c].map(str).nunique() > 1]
+    for column in varied if len(varied) == 1 else ():
+        values = pd.to_numeric(fields[column], errors="coerce")
+        if values.min() > 0 and values.max() / values.min() >= 100:
+            losses = runs.final_train_loss.where(runs.status == "finished", np.inf)
+            return column, losses.groupby(values).mean()
+    raise NotTestedError(f"no runs of {method} on {task} vary one field alone over two decades")
+
+
+def needs(what: str) -> Callable[[Records, Claim], list[Verdict]]:
+    """A claim about a quantity that the records of training runs do not hold."""
+    return lambda records, claim: [Verdict("experiment", NOT_TESTED, f"needs {what}", [])]
+
+
+# ---- the declared claims -------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    Claim("LW-1", "LW-SGDm, untuned, is at least as good as tuned SGD with momentum on each family", LW_PAPER,
+          ("lw_sgdm",), ("sgdm",), compared(better=False)),
+    Claim("LW-2", "LW-AdamW, untuned, is at least as good as tuned AdamW on each family", LW_PAPER,
+          ("lw_adamw",), ("adamw",), compared(better=False)),
+    Claim("LW-3", "Both are at least as good as the second-order methods after equal training time", LW_PAPER,
+          LW, ("kfac", "shampoo", "kbfgs", "mbf", "tnt"), compared(better=False, equal_time=True)),
+    Claim("LW-4", "An iteration takes at most SGD-m's time plus about one gradient computation", LW_PAPER,
+          LW, ("sgdm",), cost_ratio("seconds_per_step", "time per step", 2 + ABOUT, "takes longer")),
+    Claim("LW-5", "Memory is comparable to a first-order method's", LW_PAPER,
+          LW, ("sgdm",), cost_ratio("peak_memory_bytes", "peak memory", COMPARABLE_MEMORY, "needs more memory")),
+    Claim("LW-6", "Step sizes behave like an effective schedule; the result is insensitive to what is left to choose",
+          LW_PAPER, LW, (), schedule_and_insensitivity),
+    Claim("LW-7", "Idealised full-batch SGD with layer-wise steps converges linearly (rate derived here)", LW_PAPER,
+          LW, (), needs("the full-batch experiment with exact block curvature")),
+    Claim("MBF-1", "An iteration of MBF costs only slightly more than a first-order one", MBF_PAPER,
+          ("mbf",), ("sgdm",), cost_ratio("seconds_per_step", "time per step", SLIGHTLY_ABOVE, "costs more")),
+    Claim("MBF-2", "MBF's final result is competitive with first- and second-order methods", MBF_PAPER,
+          ("mbf",), (*FIRST_ORDER, "kfac", "shampoo"), compared(better=False)),
+    Claim("QN-1", "K-BFGS and K-BFGS(L) match or outperform KFAC and first-order methods on autoencoders", KBFGS_PAPER,
+          ("kbfgs", "kbfgs_l"), ("kfac", "sgdm", "adam"), compared(better=False), families=("autoencoder",)),
+    Claim("LS-1", "Layer-specific rates improve accuracy and time over SGD", "arXiv:1510.04609, abstract",
+          ("layer_specific",), ("sgd",), compared(better=True, equal_time=True)),
+    Claim("BM-1", "Back-matching rates improve over SGD", "arXiv:1802.09750, abstract",
+          ("back_matching",), ("sgd",), compared(better=True)),
+    Claim("AD-1", "The curvature along a direction costs (1.5 C, 2 M) or (2 C, 1 M)", "arXiv:2210.14520, abstract",
+          ("curvature_rescaling",), ("sgd",), rescaling_cost),
+    Claim("AD-2", "Curvature rescaling has two regimes, exploration and convergence", "arXiv:2210.14520, abstract",
+          ("curvature_rescaling",), (), needs("the experiment on the two regimes")),
+)  # fmt: skip
+
+
+def judge(records: Records) -> list[dict]:
+    """Every claim with its verdicts, ready for JSON: `id, sentence, source, methods, rivals, verdicts`."""
+    return [
+        {"id": claim.id, "sentence": claim.sentence, "source": claim.source, "methods": list(claim.methods)}
+        | {"rivals": list(claim.rivals), "verdicts": [asdict(verdict) for verdict in claim.test(records, claim)]}
+        for claim in CLAIMS
+    ]
+
+
+def write(judged: list[dict], path: Path) -> None:
+    """Write `claims.json`: numbers that are not finite become null or the words "inf" and "-inf"."""
+    path.write_text(json.dumps(_plain(judged), indent=1, ensure_ascii=False) + "\n")
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        value = float(value)
+        return value if np.isfinite(value) else None if np.isnan(value) else "inf" if value > 0 else "-inf"
+    return bool(value) if isinstance(value, np.bool_) else int(value) if isinstance(value, np.integer) else value

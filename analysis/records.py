@@ -1,0 +1,311 @@
+"""Load every record under a results root into tidy tables.
+
+A record is a folder `<task>/<optimizer>/<hash>/` with `summary.json`, `metrics.csv`, `config.yaml` and, for methods
+with per-layer step sizes, `layers.csv`. Only files are read, never project code, so that records of another machine or
+another version of the harness can be analysed too. What cannot be read is listed with its reason, never fatal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+RECORD_VERSION = 1
+AXES = ("epoch", "train_seconds", "gradient_equivalents", "step")
+VALUES = ("train_loss", "val_loss", "test_loss", "val_metric", "test_metric")
+FLAT = (
+    "status", "task", "family", "optimizer", "label", "kind", "seed", "holdout", "steps", "epochs", "train_seconds",
+    "seconds_per_step", "peak_memory_bytes", "gradient_equivalents", "contended", "diverged_at", "surrogate", "message",
+)  # fmt: skip
+PROVENANCE = ("commit", "dirty", "device", "driver", "threads", "created")
+REQUIRED = ("record_version", "status", "task", "optimizer", "seed", "final")
+# Where a run was made, logged and stored does not change what it computes: left out when two configs are compared.
+# `profile` is represented by the budget it gives to the task.
+WHERE = ("seed", "results", "data", "tracker", "launcher", "device", "threads", "profile", "experiment", "hydra")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything read from one results root.
+
+    Attributes:
+        root: The folder that was read.
+        runs: One row per readable run, trials included; `run` is its folder relative to `root`. `final_*` columns hold
+            the last finite values, `variant` names the settings (config without seed and place), `current` marks the
+            variant that stands for its method on its task.
+        curves: One row per evaluation: `run`, the four axes of `AXES` and the columns of `VALUES`.
+        trials: One row per tuning trial: `task, optimizer, values, run, status, score, metric, mode`.
+        tunings: One row per search: `task, optimizer, trials, selected, score, on_edge, metric, mode`.
+        skipped: Folders that are not readable records: `folder, reason`.
+        warnings: Sentences on records that should be comparable and are not.
+    """
+
+    root: Path
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    trials: pd.DataFrame
+    tunings: pd.DataFrame
+    skipped: pd.DataFrame
+    warnings: list[str]
+
+    @cached_property
+    def finals(self) -> pd.DataFrame:
+        """The finished and diverged final runs that stand for their methods, ordered by task, optimizer and seed."""
+        runs = self.runs
+        keep = ~runs.holdout & runs.current & runs.status.isin(["finished", "diverged"])
+        return runs[keep].sort_values(["task", "optimizer", "seed"], ignore_index=True)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Tasks in the profile's order, then any other task that has final runs."""
+        declared = [task for profile in self._profiles for task in profile.get("tasks") or []]
+        return list(dict.fromkeys([*declared, *sorted(self.finals.task.unique())]))
+
+    def seeds(self, task: str) -> int:
+        """Number of seeds that the profile asks of a task; without a profile, the most that any method has."""
+        for profile in self._profiles:
+            seeds = profile.get("seeds")
+            if isinstance(seeds, dict):
+                seeds = seeds.get(task, seeds.get("default"))
+            if seeds:
+                return int(seeds)
+        counts = self.finals[self.finals.task == task].groupby("optimizer").seed.nunique()
+        return int(counts.max()) if len(counts) else 0
+
+    @cached_property
+    def _profiles(self) -> list[dict]:
+        finals = self.runs[~self.runs.holdout]
+        profiles = {json.dumps(p, sort_keys=True): p for c in finals.config if isinstance(p := c.get("profile"), dict)}
+        return [profiles[key] for key in sorted(profiles)]
+
+    @cached_property
+    def curves_by_run(self) -> dict[str, pd.DataFrame]:
+        """Evaluations of each run, keyed by its folder."""
+        return dict(tuple(self.curves.groupby("run", sort=False)))
+
+    def config(self, task: str, optimizer: str) -> dict:
+        """Resolved config of one final run of a method on a task ({} if there is none)."""
+        rows = self.finals[(self.finals.task == task) & (self.finals.optimizer == optimizer)]
+        return rows.config.iloc[0] if len(rows) else {}
+
+    def title(self, task: str) -> str:
+        """The task's name, with the surrogate named where the data set is not the original."""
+        surrogates = self.runs[(self.runs.task == task)].surrogate.dropna().unique()
+        return f"{task} (surrogate data: {surrogates[0]})" if len(surrogates) else task
+
+    def layers(self, run: str) -> pd.DataFrame:
+        """Per-layer diagnostics of one run: `step, epoch, layer, quantity, value` (empty if it has none)."""
+        path = self._folder / run / "layers.csv"
+        try:
+            return pd.read_csv(path)
+        except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
+            return pd.DataFrame(columns=["step", "epoch", "layer", "quantity", "value"])
+
+    @property
+    def _folder(self) -> Path:
+        return _runs_folder(self.root)
+
+
+def load(root: Path | str) -> Records:
+    """Read all records under `root` (`<root>/runs/` where there is one) and the searches in `<root>/tuning/`.
+
+    Raises:
+        FileNotFoundError: `root` is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no results folder {root}: run `make reproduce-paper` first, or name another folder")
+    rows, tables, skipped = [], [], []
+    folder = _runs_folder(root)
+    for path in sorted(folder.glob("[!.]*/[!.]*/[!.]*")):
+        if not path.is_dir() or (folder == root and path.parts[len(root.parts)] in ("tuning", "report")):
+            continue
+        try:
+            row, curve = _read(path)
+        except ValueError as error:
+            skipped.append({"folder": str(path.relative_to(root)), "reason": str(error)})
+            continue
+        row["run"] = str(path.relative_to(folder))
+        rows.append(row)
+        tables.append(curve)
+    trials, tunings = _read_tunings(root, skipped)
+    runs = _runs_table(rows)
+    runs["current"] = _current(runs, tunings)
+    curves = _curves_table([row["run"] for row in rows], tables)
+    return Records(
+        root, runs, curves, trials, tunings, pd.DataFrame(skipped, columns=["folder", "reason"]), _warnings(runs)
+    )
+
+
+def _runs_folder(root: Path) -> Path:
+    return root / "runs" if (root / "runs").is_dir() else root
+
+
+def _read(path: Path) -> tuple[dict, pd.DataFrame]:
+    """One record's row and curve; a ValueError tells in a few words why it cannot be read."""
+    try:
+        summary = json.loads((path / "summary.json").read_bytes())
+    except FileNotFoundError:
+        half = (path / "config.yaml").exists() or (path / "metrics.csv").exists()
+        raise ValueError("unfinished: no summary.json" if half else "not a record: no summary.json") from None
+    except ValueError:
+        raise ValueError("summary.json is not JSON") from None
+    missing = [key for key in REQUIRED if not isinstance(summary, dict) or key not in summary]
+    if missing:
+        raise ValueError(f"summary.json lacks {', '.join(missing)}")
+    if summary["record_version"] != RECORD_VERSION:
+        raise ValueError(f"record version {summary['record_version']}; this analysis reads version {RECORD_VERSION}")
+    try:
+        curve = pd.read_csv(path / "metrics.csv")
+    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
+        raise ValueError("metrics.csv is missing or unreadable") from None
+    metric = next((c.removeprefix("test_") for c in curve.columns if c.startswith("test_") and c != "test_loss"), None)
+    missing = [column for column in (*AXES, "train_loss") if column not in curve.columns]
+    if missing or metric is None:
+        raise ValueError(f"metrics.csv lacks {', '.join(missing) or 'a test metric'}")
+    curve = curve.rename(columns={f"val_{metric}": "val_metric", f"test_{metric}": "test_metric"})
+    config = _read_config(path / "config.yaml")
+    row = {key: summary.get(key) for key in FLAT} | {"metric": metric, "config": config, "variant": _variant(config)}
+    for kind in ("final", "best"):
+        values = summary.get(kind) or {}
+        for value in VALUES:
+            row[f"{kind}_{value}"] = values.get(value.replace("metric", metric))
+    row["tuning"] = summary.get("tuning") or {}
+    provenance = summary.get("provenance") or {}
+    row |= {key: provenance.get(key) for key in PROVENANCE} | {"versions": provenance.get("versions") or {}}
+    return row, curve
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        # Seeds of one method differ in this line alone: without it each text is parsed once.
+        return _parse(re.sub(r"(?m)^seed:.*\n", "", path.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> dict:
+    try:
+        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _variant(config: dict) -> str:
+    """A short name of a run's settings: equal for two runs that differ only in the seed or in where they were made."""
+    profile = config.get("profile") if isinstance(config.get("profile"), dict) else {}
+    task = config.get("task") if isinstance(config.get("task"), dict) else {}
+    settings = {key: value for key, value in config.items() if key not in WHERE}
+    settings["profile_budget"] = (profile.get("budgets") or {}).get(task.get("name"))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _runs_table(rows: list[dict]) -> pd.DataFrame:
+    columns = [
+        "run", *FLAT, "metric", *(f"{kind}_{value}" for kind in ("final", "best") for value in VALUES),
+        "tuning", *PROVENANCE, "versions", "config", "variant",
+    ]  # fmt: skip
+    runs = pd.DataFrame(rows, columns=columns)
+    numbers = [c for c in columns if c.startswith(("final_", "best_"))]
+    numbers += ["steps", "epochs", "train_seconds", "seconds_per_step", "peak_memory_bytes", "gradient_equivalents"]
+    runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    runs["seed"] = pd.to_numeric(runs.seed, errors="coerce").fillna(-1).astype(int)
+    for column in ("holdout", "contended"):
+        runs[column] = [bool(value) for value in runs[column]]
+    runs["label"] = runs.label.fillna(runs.optimizer)
+    return runs
+
+
+def _curves_table(names: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
+    columns = ["run", *AXES, *VALUES]
+    if not tables:
+        return pd.DataFrame(columns=columns)
+    lengths = [len(table) for table in tables]
+    curves = pd.concat(tables, ignore_index=True).reindex(columns=columns[1:])
+    curves = curves.apply(pd.to_numeric, errors="coerce").astype(float)
+    curves.insert(0, "run", pd.Categorical.from_codes(np.repeat(np.arange(len(names)), lengths), categories=names))
+    return curves
+
+
+def _read_tunings(root: Path, skipped: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    trials, tunings = [], []
+    for path in sorted(root.glob("tuning/*/*.json")):
+        try:
+            search = json.loads(path.read_bytes())
+            key = {"task": search["task"], "optimizer": search["optimizer"]}
+            key |= {"metric": search.get("metric"), "mode": search.get("mode") or "min"}
+            for trial in search["trials"]:
+                # A trial's folder may be written from any place; its last three parts are its name here.
+                run = "/".join(Path(trial["folder"] or "").parts[-3:])
+                trials.append(key | {"values": trial["values"], "run": run, "status": trial.get("status")})
+                trials[-1]["score"] = trial.get("score")
+            searched = {name: search.get(name) for name in ("selected", "score", "on_edge")}
+            tunings.append(key | searched | {"trials": len(search["trials"])})
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"not a search: {type(error).__name__} {error}"
+            skipped.append({"folder": str(path.relative_to(root)), "reason": reason})
+    trials = pd.DataFrame(trials, columns=["task", "optimizer", "values", "run", "status", "score", "metric", "mode"])
+    trials["score"] = pd.to_numeric(trials.score, errors="coerce").astype(float)
+    columns = ["task", "optimizer", "trials", "selected", "score", "on_edge", "metric", "mode"]
+    return trials, pd.DataFrame(tunings, columns=columns)
+
+
+def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
+    """Which runs belong to the settings that stand for their method on their task.
+
+    A root may hold older settings of a method (a search repeated with more trials, a rate set by hand). The settings
+    that the present search selected come first, then the most seeds, then the newest.
+    """
+    selected = {(t.task, t.optimizer): (t.selected, t.trials) for t in tunings.itertuples()}
+    current = np.zeros(len(runs), dtype=bool)
+    finals = runs[~runs.holdout & runs.status.isin(["finished", "diverged"])]
+    for key, group in finals.groupby(["task", "optimizer"]):
+
+        def rank(variant: str, group: pd.DataFrame = group, key: tuple = key) -> tuple:
+            rows = group[group.variant == variant]
+            tuning = rows.tuning.iloc[0]
+            tuned = (tuning.get("selected"), tuning.get("trials")) == selected.get(key, (None, None))
+            return tuned, rows.seed.nunique(), str(rows.created.max()), variant
+
+        best = max(group.variant.unique(), key=rank)
+        current[group.index[group.variant == best]] = True
+    current |= (runs.holdout | ~runs.index.isin(finals.index)).to_numpy()
+    # The same seed run twice with the same settings (on two machines): the newest stands.
+    newest = finals[current[finals.index]].sort_values("created", kind="stable")
+    current[newest.index[newest.duplicated(["task", "optimizer", "seed"], keep="last")]] = False
+    return current
+
+
+def _warnings(runs: pd.DataFrame) -> list[str]:
+    """What should be the same among the runs of one task and is not."""
+    found = []
+    finals = runs[~runs.holdout & runs.current & runs.status.isin(["finished", "diverged"])]
+    for task, group in finals.groupby("task"):
+        for column in ("device", "threads", "commit"):
+            methods = group.groupby(group[column].astype(str)).optimizer.unique()
+            if len(methods) > 1:
+                parts = [f"{value[:24]} ({', '.join(sorted(names))})" for value, names in methods.items()]
+                found.append(f"{task}: runs differ in {column}: {'; '.join(parts)}")
+        versions = pd.DataFrame(group.versions.tolist())
+        for package in versions.columns[versions.nunique() > 1]:
+            seen = ", ".join(sorted(versions[package].dropna().astype(str).unique()))
+            found.append(f"{task}: runs differ in version of {package}: {seen}")
+        if group.dirty.fillna(False).any():
+            found.append(f"{task}: {int(group.dirty.fillna(False).sum())} runs were made from uncommitted code")
+    stale = runs[~runs.current]
+    for (task, optimizer), group in stale.groupby(["task", "optimizer"]):
+        found.append(f"{task}: {len(group)} runs of {optimizer} with other settings are set aside")
+    no_config = runs[runs.config.map(len) == 0]
+    if len(no_config):
+        found.append(f"{len(no_config)} runs have no readable config.yaml: their settings cannot be compared")
+    return found
