@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Files of each data set relative to `data.root`, with their md5 (32 hex digits) or sha256 (64) digests.
-CHECKSUMS: dict[str, dict[str, str]] = {
+# Files of each data set relative to `data.root`, with their md5 (32 hex digits) or sha256 (64) digests;
+# a tuple where more than one copy is known.
+CHECKSUMS: dict[str, dict[str, str | tuple[str, ...]]] = {
     "MNIST": {
         "MNIST/raw/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
         "MNIST/raw/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
@@ -75,7 +76,10 @@ CHECKSUMS: dict[str, dict[str, str]] = {
         "Planetoid/PubMed/raw/ind.pubmed.y": "e6c807633307a07ed659249006536a147c7999c797f11a2560752990181b41b3",
     },
     "Olivetti faces": {
-        "olivetti/olivettifaces.mat": "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
+        "olivetti/olivettifaces.mat": (
+            "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
+            "b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",  # scikit-learn's copy
+        ),
     },
 }
 
@@ -138,29 +142,31 @@ def cached(path: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     return tensors
 
 
-def _check(files: dict[str, str], root: Path, cache: Path, instead: str) -> list[str]:
+def _check(files: dict[str, str | tuple[str, ...]], root: Path, cache: Path, instead: str) -> list[str]:
     """Compare the files that exist with their digests; return those that do not exist."""
     stamps_path = cache / "checksums.json"
     stamps = json.loads(stamps_path.read_text()) if stamps_path.exists() else {}
-    fresh = {}
+    fresh, missing = {}, []
     for name, expected in files.items():
         path = (root / name).resolve()
         if not path.is_file():
+            missing.append(name)
             continue
+        known = [expected] if isinstance(expected, str) else list(expected)
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, expected]
+        stamp = [stat.st_size, stat.st_mtime_ns, known]
         if stamps.get(str(path)) == stamp:
             continue
-        found = digest(path, "md5" if len(expected) == 32 else "sha256")
-        if found != expected:
+        found = digest(path, "md5" if len(known[0]) == 32 else "sha256")
+        if found not in known:
             raise DataError(
-                f"{path} is damaged: its checksum is {found[:12]}…, not {expected[:12]}…; delete it to have it "
+                f"{path} is damaged: its checksum is {found[:12]}…, not {known[0][:12]}…; delete it to have it "
                 f"downloaded again, or use embedded data with task={instead}"
             )
         fresh[str(path)] = stamp
     if fresh:
         _replace(stamps_path, lambda temporary: temporary.write_text(json.dumps(stamps | fresh)))
-    return [name for name in files if not (root / name).is_file()]
+    return missing
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

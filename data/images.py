@@ -1,0 +1,134 @@
+"""MNIST, CIFAR-10, CIFAR-100 and SVHN, read by torchvision from checked files.
+
+For classification each channel has zero mean and unit variance over the training pixels; for autoencoders pixels are
+in [0, 1] and flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batches import Dataset, Split
+from data.checksums import ensure
+
+Labelled = tuple[Tensor, Tensor]  # uint8 images (n, channels, height, width) and their labels (n,)
+
+
+def mnist_pixels(root: Path, cache: Path) -> Dataset:
+    """MNIST for autoencoders: `(n, 784)` in [0, 1], which are their own targets.
+
+    Args:
+        root: folder with `MNIST/raw`.
+        cache: folder where results of checks are kept.
+
+    Raises:
+        DataError: if files are missing and not to be had, or damaged.
+    """
+    train, test = (
+        images.flatten(1).float() / 255 for images, _ in _mnist(root, cache, instead="autoencoder_curves_small")
+    )
+    return Dataset(Split((train,), train), Split((test,), test), None, None, None, "MNIST")
+
+
+def mnist(root: Path, cache: Path) -> Dataset:
+    """MNIST with labels, `(n, 1, 28, 28)`; arguments and errors as for `mnist_pixels`."""
+    return _classification("MNIST", *_mnist(root, cache, instead="cnn_digits"))
+
+
+def cifar10(root: Path, cache: Path, padding: int) -> Dataset:
+    """CIFAR-10 `(n, 3, 32, 32)`, training images cropped at random and flipped.
+
+    Args:
+        root: folder with `cifar-10-batches-py`.
+        cache: folder where results of checks are kept.
+        padding: black border in pixels around an image before it is cropped.
+
+    Raises:
+        DataError: if files are missing and not to be had, or damaged.
+    """
+    return _cifar("CIFAR-10", root, cache, padding)
+
+
+def cifar100(root: Path, cache: Path, padding: int) -> Dataset:
+    """CIFAR-100, as `cifar10`, from `cifar-100-python` under `root`."""
+    return _cifar("CIFAR-100", root, cache, padding)
+
+
+def svhn(root: Path, cache: Path, padding: int) -> Dataset:
+    """SVHN (73,257 training and 26,032 test digits), as `cifar10`, from two .mat files under `root`."""
+    from torchvision.datasets import SVHN
+
+    def read(split: str, download: bool = False) -> Labelled:
+        source = SVHN(str(root), split, download=download)
+        return torch.from_numpy(source.data), torch.from_numpy(source.labels)
+
+    ensure("SVHN", root, cache, download=lambda: [read(s, True) for s in ("train", "test")], instead="cnn_digits")
+    return _classification("SVHN", read("train"), read("test"), padding)
+
+
+def _mnist(root: Path, cache: Path, instead: str) -> tuple[Labelled, Labelled]:
+    from torchvision.datasets import MNIST
+
+    def read(train: bool) -> Labelled:
+        source = MNIST(str(root), train, download=False)
+        return source.data.unsqueeze(1), source.targets
+
+    ensure("MNIST", root, cache, download=lambda: MNIST(str(root), download=True), instead=instead)
+    return read(True), read(False)
+
+
+def _cifar(name: str, root: Path, cache: Path, padding: int) -> Dataset:
+    from torchvision import datasets
+
+    kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[name]
+
+    def read(train: bool) -> Labelled:
+        source = kind(str(root), train, download=False)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets)
+
+    ensure(name, root, cache, download=lambda: kind(str(root), download=True), instead="cnn_digits")
+    return _classification(name, read(True), read(False), padding)
+
+
+def _classification(name: str, train: Labelled, test: Labelled, padding: int | None = None) -> Dataset:
+    """Normalised splits; with `padding`, training images are cropped and flipped."""
+    pixels = train[0].float() / 255
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True, correction=0)
+    splits = [Split(((images.float() / 255 - mean) / std,), labels) for images, labels in (train, test)]
+    black = (-mean / std).flatten().tolist()
+    augment: Callable | None = None if padding is None else CropFlip(padding, black)
+    return Dataset(*splits, None, augment, None, name)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """A random crop of each padded image, back to its size, and a flip of every second one on average.
+
+    Attributes:
+        padding: border in pixels.
+        fill: value of the border in each channel.
+    """
+
+    padding: int
+    fill: list[float]
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Augmented images `(m, channels, height, width)`, drawn by `generator` on the images' device."""
+        m, channels, height, width = images.shape
+        top, left = torch.randint(2 * self.padding + 1, (2, m, 1), device=images.device, generator=generator)
+        flip = torch.rand(m, 1, device=images.device, generator=generator) < 0.5
+        column = torch.arange(width, device=images.device)
+        rows = top + torch.arange(height, device=images.device)
+        columns = left + torch.where(flip, width - 1 - column, column)
+
+        border = [self.padding] * 4
+        padded = torch.stack([F.pad(images[:, c], border, value=v) for c, v in enumerate(self.fill)], dim=1)
+        example = torch.arange(m, device=images.device)[:, None, None, None]
+        channel = torch.arange(channels, device=images.device)[None, :, None, None]
+        return padded[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
