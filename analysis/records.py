@@ -29,7 +29,10 @@ PROVENANCE = ("commit", "dirty", "device", "driver", "threads", "created")
 REQUIRED = ("record_version", "status", "task", "optimizer", "seed", "final")
 # Where a run was made, logged and stored does not change what it computes: left out when two configs are compared.
 # `profile` is represented by the budget it gives to the task.
-WHERE = ("seed", "results", "data", "tracker", "launcher", "device", "threads", "profile", "experiment", "hydra")
+WHERE = (
+    "seed", "results", "data", "tracker", "launcher", "device", "threads", "profile", "tuning", "progress",
+    "experiment", "hydra",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

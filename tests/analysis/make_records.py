@@ -123,7 +123,7 @@ def _layers(step: np.ndarray, epoch: np.ndarray, rng: np.random.Generator) -> st
 
 def write_search(root: Path, task: str, optimizer: str, planted: Planted, trials: int = 4, **options) -> dict:
     """Write a search's trials and its JSON; returns the `tuning` entry of final runs. The largest rate diverges."""
-    family, metric, _ = TASKS.get(task, ("autoencoder", "error", 100.0))
+    _, metric, _ = TASKS.get(task, ("autoencoder", "error", 100.0))
     metric, mode = ("val_accuracy", "max") if metric == "accuracy" else ("val_loss", "min")
     entries = []
     for rate in np.geomspace(1e-3, 1.0, trials):
