@@ -1,0 +1,56 @@
+"""What the commands share: Hydra's entry point, with errors told in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from runners.config import CONFIGS
+from runners.signals import Interrupted
+
+SHOW_TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own variable; set to 1, errors come with their traceback
+
+
+def command(task: Callable[[DictConfig], object]) -> Callable[[], None]:
+    """A command line for `task`, which is called with the composed config."""
+
+    def main() -> None:
+        debug = os.environ.get(SHOW_TRACEBACK) == "1"
+        os.environ[SHOW_TRACEBACK] = "1"  # makes Hydra hand errors on instead of printing them
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(128 + stop.signum)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if debug:
+                raise
+            sys.exit(f"error: {describe(error)}")
+
+    return main
+
+
+def in_sweep() -> bool:
+    """Whether the present job is one of several (`-m`)."""
+    return not OmegaConf.is_missing(HydraConfig.get().job, "num")
+
+
+def describe(error: Exception) -> str:
+    """An error in one line; for an unknown choice or field, what there is to choose from."""
+    options = getattr(error, "options", None)
+    if options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"unknown {group} {name}; choose one of {', '.join(sorted(options))}"
+    cause = error.__cause__
+    parent = getattr(cause, "parent_node", None)
+    if parent is not None and isinstance(parent, DictConfig):
+        fields = ", ".join(sorted(str(key) for key in parent if key != "hydra"))
+        return f"unknown field {cause.full_key}; there are {fields} (+{cause.full_key}=... adds one)"
+    return " ".join(str(error).split()) or type(error).__name__

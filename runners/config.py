@@ -1,0 +1,166 @@
+"""A run's config: checked, made complete, and named by what determines its result.
+
+Nothing here imports torch until a device or a thread count has to be found out.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from runners.record import RECORD_VERSION
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# Configs name classes by `_target_`; only these packages may be called by one.
+CALLABLE = (
+    "optimizers", "models", "data", "torch.optim",
+    "pytorch_optimizer", "prodigyopt", "dadaptation", "schedulefree",
+)  # fmt: skip
+
+# Left out of the hash: where a run is made, kept and shown. The profile counts by the budget it gives.
+WHERE = ("data", "results", "tracker", "launcher", "progress", "tuning", "profile", "experiment")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line that says what to type."""
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """A checked copy of a composed config, with budget, device and thread count made definite.
+
+    Raises:
+        ConfigError: naming the field, what is wrong with it, and what to type.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    cfg.budget = _budget(cfg)
+    cfg.device = _device(str(cfg.device))
+    threads = _default_threads()
+    cfg.threads = threads if cfg.threads is None else cfg.threads
+    OmegaConf.resolve(cfg)
+    _check(cfg)
+    return cfg
+
+
+def digest(cfg: DictConfig) -> str:
+    """Twelve hexadecimal digits of what determines a run's result; `cfg` is resolved."""
+    parts = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in WHERE}
+    parts["optimizer"] = {k: v for k, v in parts["optimizer"].items() if k != "search"}
+    parts["optimizer"]["about"] = {k: parts["optimizer"]["about"][k] for k in ("name", "version")}
+    parts["device"] = parts["device"].partition(":")[0]
+    if parts["device"] != "cpu":
+        del parts["threads"]
+    parts["record_version"] = RECORD_VERSION
+    text = json.dumps(_plain_numbers(parts), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Where the run of a resolved config has its record."""
+    return Path(cfg.results.root) / cfg.task.name / cfg.optimizer.about.name / digest(cfg)
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """The seed of one named random stream of a run: independent for every name and every seed, 0 included."""
+    return int.from_bytes(hashlib.sha256(f"{stream}/{seed}".encode()).digest()[:8], "big") >> 1
+
+
+def _budget(cfg: DictConfig) -> dict:
+    given = {unit: value for unit, value in cfg.budget.items() if value is not None}
+    profile = cfg.profile
+    if not given:
+        given = dict(profile.budgets.get(cfg.task.name) or {})
+    if not given:
+        raise ConfigError(
+            f"no budget: profile {profile.name} has none for task {cfg.task.name} (it has {', '.join(profile.budgets)}); "
+            "type budget.epochs=N, budget.steps=N or budget.seconds=S"
+        )
+    if len(given) > 1:
+        raise ConfigError(
+            f"budget is given twice ({', '.join(f'{k}={v}' for k, v in given.items())}); give one of them"
+        )
+    ((unit, value),) = given.items()
+    if not _number(value) or value <= 0 or (unit != "seconds" and value != int(value)):
+        kind = "number" if unit == "seconds" else "whole number"
+        raise ConfigError(f"budget.{unit} is {value}; type a positive {kind}")
+    return {name: value if name == unit else None for name in ("epochs", "steps", "seconds")}
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return name
+    if name != "auto" and name.partition(":")[0] != "cuda":
+        raise ConfigError(f"device is {name}; choose one of auto, cpu, cuda, cuda:N")
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    index = name.partition(":")[2] or "0"
+    if not index.isdigit() or int(index) >= count:
+        raise ConfigError(f"device is {name} but {count} CUDA devices are visible; type device=auto or device=cpu")
+    return name
+
+
+@functools.cache
+def _default_threads() -> int:
+    # Asked once: later runs of this process may have set another number.
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _check(cfg: DictConfig) -> None:
+    for path, target in _targets(OmegaConf.to_container(cfg)):
+        if not any(target.startswith(f"{package}.") for package in CALLABLE):
+            raise ConfigError(f"{path} is {target}; only these packages may be named: {', '.join(CALLABLE)}")
+    for field in ("seed", "threads"):
+        least = 0 if field == "seed" else 1
+        if not isinstance(cfg[field], int) or isinstance(cfg[field], bool) or cfg[field] < least:
+            raise ConfigError(f"{field} is {cfg[field]}; type a whole number of at least {least}")
+    for field, value in cfg.optimizer.items():
+        if _number(value) and value < 0:
+            raise ConfigError(f"optimizer.{field} is {value}; type a number of at least 0")
+    size = cfg.task.batch_size
+    if size != "full" and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
+    _check_writable(Path(cfg.results.root))
+
+
+def _check_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK | os.X_OK):
+            raise PermissionError("permission denied")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"results.root={root} cannot be written ({reason}); type results.root=FOLDER") from None
+
+
+def _targets(node, path: str = ""):
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "_target_" and value is not None:
+                yield f"{path}_target_", str(value)
+            yield from _targets(value, f"{path}{key}.")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _targets(value, f"{path}{i}.")
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain_numbers(node):
+    """1.0 and 1 are the same setting."""
+    if isinstance(node, dict):
+        return {key: _plain_numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain_numbers(value) for value in node]
+    return int(node) if isinstance(node, float) and node.is_integer() else node

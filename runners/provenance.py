@@ -1,0 +1,71 @@
+"""Where a result comes from: code, versions, device. No host name, no user name, no path."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scipy", "scikit-learn", "pytorch-optimizer")
+
+
+def provenance(device: torch.device, threads: int) -> dict:
+    """The `provenance` entry of a summary."""
+    return {
+        **_code(),
+        "versions": _versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "driver": _driver() if device.type == "cuda" else None,
+        "threads": threads,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def _code() -> dict:
+    """The commit of the code in use and whether files differ from it; nulls outside a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        return _output("git", "-C", str(Path(__file__).resolve().parent), *arguments)
+
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"commit": commit, "dirty": None if commit is None else bool(changes)}
+
+
+@functools.cache
+def _versions() -> dict:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@functools.cache
+def _driver() -> str | None:
+    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0] if versions else None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,396 @@
+"""One run: an optimizer on a task, from a resolved config to a record."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batches import Batch, Batches, Dataset, Split
+from optimizers.objective import Objective
+from runners import checkpoint, record
+from runners.clock import Clock
+from runners.config import ConfigError, run_folder, stream_seed
+from runners.memory import PeakMemory, traced_peak
+from runners.provenance import provenance
+from runners.signals import Interrupted, StopSignals
+
+CHECKPOINT_EVERY = 30.0  # seconds at least between checkpoints; they are written at evaluations
+EVALUATION_CHUNK = 1000  # examples per forward pass of an evaluation
+HOLDOUT = 0.1  # of the training set, in tuning
+UNRECORDED = ("data", "results", "tracker", "progress", "tuning")  # config of the place, not of the run
+
+
+class RunFailed(RuntimeError):
+    """A run ended by an error that is no divergence; its record says `failed`."""
+
+
+def run(cfg: DictConfig) -> Path:
+    """Make the run of a resolved config, unless its record is there; go on from its checkpoint, if there is one.
+
+    Returns:
+        The record's folder.
+
+    Raises:
+        ConfigError, data.checksums.DataError: refused before training.
+        Interrupted: stopped by a signal; a checkpoint is left.
+        RunFailed: an error in training; recorded.
+    """
+    folder = run_folder(cfg)
+    if not record.is_done(folder):
+        Trainer(cfg, folder).run()
+    return folder
+
+
+class Trainer:
+    """Trains one model with one optimizer and records it.
+
+    Args:
+        cfg: resolved config.
+        folder: where the record goes.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.device = torch.device(cfg.device)
+        torch.set_num_threads(cfg.threads)
+        self.dataset = self._load_data()
+        self.memory = PeakMemory(self.device)
+        self.likelihood = instantiate(cfg.task.likelihood)
+        self.generators = self._generators()
+        self.batches = self._make_batches(self.generators)
+        self.model, self.objective, self.optimizer = self._build(self.generators)
+        self.scheduler = instantiate(cfg.schedule, self.optimizer) if cfg.schedule._target_ else None
+        self.clock = Clock(self.device)
+        self.bar: tqdm | None = None
+        self.step = 0
+        self.losses: list[Tensor] = []  # of the steps since the last evaluation, on the device
+        self.rows: list[dict] = []
+        self.layers: list[list] = []
+        self.diverged_at: int | None = None
+        self.checkpointed = time.monotonic()
+        epoch, budget = len(self.batches), cfg.budget
+        self.evaluate_every = epoch * cfg.task.evaluate_every
+        self.last_step = epoch * budget.epochs if budget.epochs else budget.steps or math.inf
+        self.last_second = budget.seconds or math.inf
+
+    # The course of a run ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train until the budget is spent, the run diverges or a signal comes, and write the record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record.replace_file(self.folder / "config.yaml", self._save_config)
+        status, message = "interrupted", None
+        try:
+            with StopSignals() as signals, self._progress() as self.bar:
+                self._start()
+                while not (self._spent() or signals.received or self.diverged_at):
+                    self._train(signals)
+                    if self.step % self.evaluate_every == 0 or self._spent() or self.diverged_at:
+                        self._evaluate()
+                if self.diverged_at:
+                    status = "diverged"
+                elif self._spent():
+                    status = "finished"
+                else:
+                    self._save_checkpoint()
+        except Exception as error:
+            status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            details = traceback.format_exc()
+            record.replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
+            raise RunFailed(f"{message} (details: {self.folder / 'error.txt'})") from error
+        finally:
+            self._write(status, message)
+        if status == "interrupted":
+            raise Interrupted(signals.received, self.folder)
+
+    def _start(self) -> None:
+        """Go on from the checkpoint, or begin: measure memory and evaluate before the first step."""
+        state = checkpoint.load(self.folder, self.device)
+        if state is not None:
+            self._restore(state)
+            return
+        self._rehearse()
+        torch.manual_seed(stream_seed(self.cfg.seed, "dropout"))
+        self._open_epoch()
+        self._evaluate()
+
+    def _train(self, signals: StopSignals) -> None:
+        """Steps up to the next evaluation, the end of the budget, or a signal. Nothing here waits for the device."""
+        self.memory.start()
+        self.clock.start()
+        try:
+            while True:
+                self.losses.append(self.optimizer.step(self.objective(*self._next_batch())))
+                self.step += 1
+                if self.scheduler is not None and self.step % len(self.batches) == 0:
+                    self.scheduler.step()
+                self.bar.update()
+                if self.step % self.evaluate_every == 0 or self._spent() or signals.received:
+                    break
+        except Exception:
+            # Methods that factorise what is no longer finite raise in many ways: that is divergence, not a failure.
+            if self._first_bad_loss() is None and all(p.isfinite().all() for p in self.model.parameters()):
+                raise
+            self.diverged_at = self._first_bad_loss() or self.step + 1
+        finally:
+            self.clock.stop()
+            self.memory.stop()
+
+    def _spent(self) -> bool:
+        return self.step >= self.last_step or self.clock.read() >= self.last_second
+
+    def _rehearse(self) -> None:
+        """Two steps of a throw-away copy: libraries warm up outside the clock, and on the CPU memory is traced."""
+
+        def rehearse():
+            generators = self._generators()
+            model, objective, optimizer = self._build(generators)
+            batches = iter(self._make_batches(generators))
+            for _ in range(min(2, len(self.batches))):
+                optimizer.step(objective(*next(batches)))
+            return model, optimizer
+
+        with torch.random.fork_rng():
+            if self.device.type == "cpu":
+                self.memory.bytes = traced_peak(rehearse)
+            else:
+                rehearse()
+
+    # Batches ----------------------------------------------------------------------------------------------------------
+
+    def _open_epoch(self, skip: int = 0) -> None:
+        """Begin an epoch of batches; replay its first `skip` ones, so that the generators stand where they stood."""
+        self.epoch_start = self._order_state()
+        self.epoch: Iterator[Batch] = iter(self.batches)
+        for _ in range(skip):
+            next(self.epoch)
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.epoch, None)
+        if batch is None:
+            self._open_epoch()
+            batch = next(self.epoch)
+        return batch
+
+    def _order_state(self) -> dict[str, Tensor]:
+        return {name: self.generators[name].get_state() for name in ("order", "augmentation")}
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """A row of metrics and of layers; a checkpoint, if the last one is old. Finds out about divergence."""
+        self.diverged_at = self.diverged_at or self._first_bad_loss()
+        self.losses.clear()
+        if self.diverged_at:
+            return
+        row = self._row()
+        if not all(math.isfinite(value) for value in row.values() if value is not None):
+            self.diverged_at = max(self.step, 1)
+            return
+        self.rows.append(row)
+        if hasattr(self.optimizer, "diagnostics"):
+            for layer, quantities in self.optimizer.diagnostics().items():
+                for quantity, value in quantities.items():
+                    self.layers.append([self.step, row["epoch"], layer, quantity, float(value)])
+        self._write_metrics()
+        self.bar.set_postfix_str(f"train_loss {row['train_loss']:.4g}", refresh=False)
+        if time.monotonic() - self.checkpointed > CHECKPOINT_EVERY and not self._spent():
+            self._save_checkpoint()
+
+    def _row(self) -> dict:
+        row = {
+            "step": self.step,
+            "epoch": self.step / len(self.batches),
+            "train_seconds": self.clock.seconds,
+            "gradient_equivalents": self.objective.gradient_equivalents,
+        }
+        splits = {"train": self.dataset.train, "val": self.dataset.validation, "test": self.dataset.test}
+        self._set_mode("eval")
+        measured = {name: self._measure(split) if split else (None, None) for name, split in splits.items()}
+        self._set_mode("train")
+        row |= {f"{name}_loss": loss for name, (loss, _) in measured.items()}
+        row |= {f"{name}_{self.likelihood.metric_name}": measured[name][1] for name in ("val", "test")}
+        return row
+
+    @torch.no_grad()
+    def _measure(self, split: Split) -> list[float]:
+        """Mean loss and mean metric over a whole split."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        chunk = EVALUATION_CHUNK if split.rows is None else None
+        for inputs, targets, rows in Batches(split, chunk, shuffle=False, drop_last=False):
+            outputs = self.model(*inputs) if rows is None else self.model(*inputs)[rows]
+            for i, measure in enumerate((self.likelihood.nll, self.likelihood.metric)):
+                total[i] += measure(outputs, targets).sum(dtype=torch.float64)
+        return (total / len(split)).tolist()
+
+    def _set_mode(self, mode: str) -> None:
+        """`train` or `eval`, for the model and for optimizers that keep two sets of weights."""
+        for part in (self.model, self.optimizer):
+            getattr(part, mode, lambda: None)()
+
+    def _first_bad_loss(self) -> int | None:
+        """The first step since the last evaluation whose loss is not finite."""
+        if not self.losses:
+            return None
+        finite = torch.stack(self.losses).isfinite().tolist()
+        return None if all(finite) else self.step - len(finite) + finite.index(False) + 1
+
+    # What a run is made of --------------------------------------------------------------------------------------------
+
+    def _load_data(self) -> Dataset:
+        cfg = self.cfg
+        dataset = instantiate(cfg.task.data, root=Path(cfg.data.root), cache=Path(cfg.data.cache))
+        if cfg.holdout:
+            dataset = dataset.holdout(HOLDOUT, torch.Generator().manual_seed(stream_seed(cfg.seed, "holdout")))
+        if cfg.task.batch_size != "full" and cfg.task.batch_size > len(dataset.train):
+            raise ConfigError(
+                f"task.batch_size is {cfg.task.batch_size} but there are {len(dataset.train)} training examples; "
+                "type task.batch_size=N with at most that, or task.batch_size=full"
+            )
+        return dataset.to(self.device)
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        devices = {"order": "cpu", "augmentation": self.device, "labels": self.device}
+        return {
+            name: torch.Generator(device).manual_seed(stream_seed(self.cfg.seed, name))
+            for name, device in devices.items()
+        }
+
+    def _make_batches(self, generators: dict[str, torch.Generator]) -> Batches:
+        task = self.cfg.task
+        return Batches(
+            self.dataset.train,
+            None if task.batch_size == "full" else task.batch_size,
+            shuffle=True,
+            drop_last=task.drop_last,
+            augment=self.dataset.augment,
+            generator=generators["order"],
+            augment_generator=generators["augmentation"],
+        )
+
+    def _build(self, generators: dict[str, torch.Generator]):
+        """Model, objective and optimizer at their start."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.cfg.seed, "init"))
+            model = instantiate(self.cfg.task.model)
+        model = model.to(self.device, getattr(torch, self.cfg.task.dtype)).train()
+        objective = Objective(model, self.likelihood, generators["labels"], population=len(self.dataset.train))
+        settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
+        optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
+        return model, objective, optimizer
+
+    def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
+        """The decayed parameters, and the others with a decay of zero."""
+        decay = self.cfg.optimizer.get("weight_decay", self.cfg.task.weight_decay)
+        decayed = list(model.decayed_parameters() if hasattr(model, "decayed_parameters") else model.parameters())
+        chosen = set(decayed)
+        others = [p for p in model.parameters() if p not in chosen]
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    # Checkpoint and record --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
+        between_epochs = self.step % len(self.batches) == 0
+        checkpoint.save(
+            self.folder,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+                "epoch_start": self._order_state() if between_epochs else self.epoch_start,
+                "labels": self.generators["labels"].get_state(),
+                "random": checkpoint.random_state(self.device),
+                "step": self.step,
+                "seconds": self.clock.seconds,
+                "waited": self.clock.waited,
+                "gradient_equivalents": self.objective.gradient_equivalents,
+                "losses": [float(loss) for loss in self.losses],
+                "rows": self.rows,
+                "layers": self.layers,
+                "memory": self.memory.bytes,
+            },
+        )
+        record.write_table(self.folder / "layers.csv", record.LAYER_COLUMNS, self.layers)
+        self.checkpointed = time.monotonic()
+
+    def _restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.rows, self.layers = state["step"], state["rows"], state["layers"]
+        self.clock.seconds, self.clock.waited = state["seconds"], state["waited"]
+        self.objective.gradient_equivalents = state["gradient_equivalents"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.memory.bytes = state["memory"]
+        for name, generator_state in state["epoch_start"].items():
+            self.generators[name].set_state(generator_state.cpu())
+        self._open_epoch(skip=self.step % len(self.batches))
+        self.generators["labels"].set_state(state["labels"].cpu())
+        checkpoint.restore_random_state(state["random"], self.device)
+        self.bar.update(self.step)
+        print(f"going on from step {self.step}", file=sys.stderr)
+
+    def _write(self, status: str, message: str | None) -> None:
+        """The record of a run that has ended, whichever way; the summary makes it final."""
+        self._write_metrics()
+        if self.layers:
+            record.write_table(self.folder / "layers.csv", record.LAYER_COLUMNS, self.layers)
+        record.write_json(self.folder / "summary.json", self._summary(status, message))
+        if status in record.DONE:
+            checkpoint.finish(self.folder, None if self.cfg.holdout else self.model.state_dict())
+
+    def _write_metrics(self) -> None:
+        columns = record.columns(self.likelihood.metric_name)
+        record.write_table(self.folder / "metrics.csv", columns, ([row[name] for name in columns] for row in self.rows))
+
+    def _summary(self, status: str, message: str | None) -> dict:
+        cfg, about = self.cfg, self.cfg.optimizer.about
+        final, best = record.final_and_best(self.rows, self.likelihood.metric_name, self.likelihood.metric_mode)
+        return {
+            "record_version": record.RECORD_VERSION,
+            "status": status,
+            "message": message,
+            "task": cfg.task.name,
+            "family": cfg.task.family,
+            "optimizer": about.name,
+            "label": about.label,
+            "kind": about.kind,
+            "seed": cfg.seed,
+            "holdout": cfg.holdout,
+            "surrogate": self.dataset.surrogate,
+            "final": final,
+            "best": best,
+            "steps": self.step,
+            "epochs": self.step / len(self.batches),
+            "train_seconds": self.clock.seconds,
+            "seconds_per_step": self.clock.seconds / self.step if self.step else None,
+            "gradient_equivalents": self.objective.gradient_equivalents,
+            "peak_memory_bytes": self.memory.bytes,
+            "contended": bool(cfg.launcher.contended) or self.clock.contended,
+            "diverged_at": self.diverged_at,
+            "tuning": OmegaConf.to_container(cfg.tuning) if cfg.tuning else None,
+            "provenance": provenance(self.device, cfg.threads),
+        }
+
+    def _save_config(self, file: Path) -> None:
+        OmegaConf.save({key: value for key, value in self.cfg.items() if key not in UNRECORDED}, file)
+
+    def _progress(self) -> tqdm:
+        total = self.last_step if math.isfinite(self.last_step) else None
+        name = f"{self.cfg.task.name} {self.cfg.optimizer.about.name} seed {self.cfg.seed}"
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=total, desc=name, unit="step", disable=not self.cfg.progress, mininterval=interval, leave=False
+        )
