@@ -19,7 +19,8 @@ from data.checksums import cached
 SIZE = 28  # pixels a side
 BOX = 20.0  # side of the centred square of the points: a parabola leaves it by at most 1/8 of it
 HALF_WIDTH = 0.9  # of the stroke, in pixels
-SAMPLES = 160  # points along a curve, at most about half a pixel apart
+SAMPLES = 160  # points along a curve, less than a pixel apart
+REACH = 2  # pixels around a curve's point that the stroke can touch
 VERSION = 1  # of the generator; raised when its images change
 
 
@@ -49,7 +50,7 @@ def random_points(n: int, generator: torch.Generator) -> Tensor:
     return BOX * (torch.rand(n, 3, 2, generator=generator) - 0.5)
 
 
-def draw(points: Tensor, chunk: int = 250) -> Tensor:
+def draw(points: Tensor, chunk: int = 500) -> Tensor:
     """Images `(n, 784)` of the parabolas through the points `(n, 3, 2)` at times 0, ½ and 1.
 
     A pixel's intensity falls linearly over the stroke's edge, one pixel wide, with the distance to the curve.
@@ -60,7 +61,17 @@ def draw(points: Tensor, chunk: int = 250) -> Tensor:
     """
     t = torch.linspace(0, 1, SAMPLES)
     lagrange = torch.stack([(1 - t) * (1 - 2 * t), 4 * t * (1 - t), t * (2 * t - 1)], dim=1)
-    axis = torch.arange(SIZE) - (SIZE - 1) / 2
-    pixels = torch.cartesian_prod(axis, axis)
-    distances = [torch.cdist(lagrange @ part, pixels).amin(1) for part in points.split(chunk)]
-    return (HALF_WIDTH + 0.5 - torch.cat(distances)).clamp(0, 1)
+    return torch.cat([_strokes(lagrange @ part) for part in points.split(chunk)])
+
+
+def _strokes(curve: Tensor) -> Tensor:
+    """Images of curves given by points `(n, samples, 2)`: each touches the pixels within `REACH` of it alone."""
+    canvas = SIZE + 2 * REACH  # strokes may leave the image a little
+    position = curve + (canvas - 1) / 2
+    pixels = position.round().long().unsqueeze(-1) + torch.arange(-REACH, REACH + 1)  # (n, samples, 2, neighbours)
+    offset = pixels - position.unsqueeze(-1)
+    distance = torch.hypot(offset[:, :, 0, :, None], offset[:, :, 1, None, :]).flatten(1)
+    index = (canvas * pixels[:, :, 0, :, None] + pixels[:, :, 1, None, :]).flatten(1)
+    intensity = (HALF_WIDTH + 0.5 - distance).clamp(0, 1)
+    image = torch.zeros(len(curve), canvas**2).scatter_reduce_(1, index, intensity, "amax")
+    return image.view(-1, canvas, canvas)[:, REACH:-REACH, REACH:-REACH].flatten(1)

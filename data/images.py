@@ -31,7 +31,7 @@ def mnist_pixels(root: Path, cache: Path) -> Dataset:
         DataError: if files are missing and not to be had, or damaged.
     """
     train, test = (
-        images.flatten(1).float() / 255 for images, _ in _mnist(root, cache, instead="autoencoder_curves_small")
+        images.flatten(1).float().div_(255) for images, _ in _mnist(root, cache, instead="autoencoder_curves_small")
     )
     return Dataset(Split((train,), train), Split((test,), test), None, None, None, "MNIST")
 
@@ -98,12 +98,20 @@ def _cifar(name: str, root: Path, cache: Path, padding: int) -> Dataset:
 
 def _classification(name: str, train: Labelled, test: Labelled, padding: int | None = None) -> Dataset:
     """Normalised splits; with `padding`, training images are cropped and flipped."""
-    pixels = train[0].float() / 255
-    std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True, correction=0)
-    splits = [Split(((images.float() / 255 - mean) / std,), labels) for images, labels in (train, test)]
+    mean, std = channel_statistics(train[0])
+    splits = [Split((images.float().sub_(mean).div_(std),), labels) for images, labels in (train, test)]
     black = (-mean / std).flatten().tolist()
     augment: Callable | None = None if padding is None else CropFlip(padding, black)
     return Dataset(*splits, None, augment, None, name)
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images, `(1, channels, 1, 1)`, in [0, 255]."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    values = torch.arange(256).double()
+    mean = counts @ values / counts.sum(1)
+    std = (counts @ values.square() / counts.sum(1) - mean.square()).sqrt()
+    return mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -120,15 +128,11 @@ class CropFlip:
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Augmented images `(m, channels, height, width)`, drawn by `generator` on the images' device."""
-        m, channels, height, width = images.shape
-        top, left = torch.randint(2 * self.padding + 1, (2, m, 1), device=images.device, generator=generator)
-        flip = torch.rand(m, 1, device=images.device, generator=generator) < 0.5
-        column = torch.arange(width, device=images.device)
-        rows = top + torch.arange(height, device=images.device)
-        columns = left + torch.where(flip, width - 1 - column, column)
-
+        m, _, height, width = images.shape
+        top, left = torch.randint(2 * self.padding + 1, (2, m), device=images.device, generator=generator)
+        flip = torch.rand(m, 1, 1, 1, device=images.device, generator=generator) < 0.5
         border = [self.padding] * 4
         padded = torch.stack([F.pad(images[:, c], border, value=v) for c, v in enumerate(self.fill)], dim=1)
-        example = torch.arange(m, device=images.device)[:, None, None, None]
-        channel = torch.arange(channels, device=images.device)[None, :, None, None]
-        return padded[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of every crop, (m, c, top, left, h, w)
+        cropped = windows[torch.arange(m, device=images.device), :, top, left]
+        return torch.where(flip, cropped.flip(3), cropped)
