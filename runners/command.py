@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -18,12 +19,21 @@ SHOW_TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own variable; set to 1, errors co
 
 def command(task: Callable[[DictConfig], object]) -> Callable[[], None]:
     """A command line for `task`, which is called with the composed config."""
+    debug = os.environ.get(SHOW_TRACEBACK) == "1"
+
+    @functools.wraps(task)
+    def job(cfg: DictConfig):
+        try:
+            return task(cfg)
+        except Exception as error:
+            if debug or _in_sweep():  # in a sweep Hydra names the job and lets the others go on
+                raise
+            sys.exit(f"error: {describe(error)}")
 
     def main() -> None:
-        debug = os.environ.get(SHOW_TRACEBACK) == "1"
         os.environ[SHOW_TRACEBACK] = "1"  # makes Hydra hand errors on instead of printing them
         try:
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(task)()
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             sys.exit(128 + stop.signum)
@@ -37,7 +47,7 @@ def command(task: Callable[[DictConfig], object]) -> Callable[[], None]:
     return main
 
 
-def in_sweep() -> bool:
+def _in_sweep() -> bool:
     """Whether the present job is one of several (`-m`)."""
     return not OmegaConf.is_missing(HydraConfig.get().job, "num")
 

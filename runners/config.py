@@ -24,7 +24,7 @@ CALLABLE = (
 )  # fmt: skip
 
 # Left out of the hash: where a run is made, kept and shown. The profile counts by the budget it gives.
-WHERE = ("data", "results", "tracker", "launcher", "progress", "tuning", "profile", "experiment")
+WHERE = ("data", "results", "tracker", "launcher", "progress", "dry_run", "tuning", "profile", "experiment")
 
 
 class ConfigError(ValueError):
@@ -39,9 +39,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     cfg.budget = _budget(cfg)
-    cfg.device = _device(str(cfg.device))
-    threads = _default_threads()
-    cfg.threads = threads if cfg.threads is None else cfg.threads
+    cfg.device = definite_device(str(cfg.device))
+    cfg.threads = definite_threads(cfg.threads)
     OmegaConf.resolve(cfg)
     _check(cfg)
     return cfg
@@ -77,8 +76,8 @@ def _budget(cfg: DictConfig) -> dict:
         given = dict(profile.budgets.get(cfg.task.name) or {})
     if not given:
         raise ConfigError(
-            f"no budget: profile {profile.name} has none for task {cfg.task.name} (it has {', '.join(profile.budgets)}); "
-            "type budget.epochs=N, budget.steps=N or budget.seconds=S"
+            f"no budget: profile {profile.name} has none for task {cfg.task.name}, only for "
+            f"{', '.join(profile.budgets)}; type budget.epochs=N, budget.steps=N or budget.seconds=S"
         )
     if len(given) > 1:
         raise ConfigError(
@@ -91,7 +90,8 @@ def _budget(cfg: DictConfig) -> dict:
     return {name: value if name == unit else None for name in ("epochs", "steps", "seconds")}
 
 
-def _device(name: str) -> str:
+def definite_device(name: str) -> str:
+    """`cpu` or a CUDA device that exists, for what a config asks; `auto` is CUDA where there is one."""
     if name == "cpu":
         return name
     if name != "auto" and name.partition(":")[0] != "cuda":
@@ -105,6 +105,11 @@ def _device(name: str) -> str:
     if not index.isdigit() or int(index) >= count:
         raise ConfigError(f"device is {name} but {count} CUDA devices are visible; type device=auto or device=cpu")
     return name
+
+
+def definite_threads(threads: int | None) -> int:
+    """The number of CPU threads, for what a config asks."""
+    return _default_threads() if threads is None else threads
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Peak memory of training, in bytes, less the data set.
 
-CUDA: the allocator's own peak over the training steps. CPU: the profiler's trace of allocations while the model and the optimizer
-are built anew and take two steps, so that parameters, gradients, state and activations are all in it; made before training on
-throw-away copies, so that it costs two steps and changes no bit of the run.
+CUDA: the allocator's own peak over the training steps. CPU: the profiler's trace of allocations while the model and
+the optimizer are built anew and take two steps, so that parameters, gradients, state and activations are all in it;
+made before training, on throw-away copies, so that it costs two steps and changes no bit of the run.
 """
 
 from __future__ import annotations

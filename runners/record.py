@@ -14,6 +14,7 @@
     task, family, optimizer, label, kind, seed, holdout (true: a tuning trial), surrogate (str or null)
     final, best             {column: value} of the losses and metrics: last finite row; best of each column over the run
     steps, epochs, train_seconds, seconds_per_step, gradient_equivalents
+    wall_seconds            of the whole run: training, evaluation, checkpoints
     peak_memory_bytes       of training, less the data set: see `runners.memory`
     contended               true: something else ran beside it, its times do not count
     diverged_at             step whose loss (or after which the evaluation) was not finite, or null

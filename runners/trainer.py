@@ -27,7 +27,7 @@ from runners.signals import Interrupted, StopSignals
 CHECKPOINT_EVERY = 30.0  # seconds at least between checkpoints; they are written at evaluations
 EVALUATION_CHUNK = 1000  # examples per forward pass of an evaluation
 HOLDOUT = 0.1  # of the training set, in tuning
-UNRECORDED = ("data", "results", "tracker", "progress", "tuning")  # config of the place, not of the run
+UNRECORDED = ("data", "results", "tracker", "progress", "dry_run", "tuning")  # config of the place, not of the run
 
 
 class RunFailed(RuntimeError):
@@ -77,7 +77,7 @@ class Trainer:
         self.rows: list[dict] = []
         self.layers: list[list] = []
         self.diverged_at: int | None = None
-        self.checkpointed = time.monotonic()
+        self.began = self.checkpointed = time.monotonic()
         epoch, budget = len(self.batches), cfg.budget
         self.evaluate_every = epoch * cfg.task.evaluate_every
         self.last_step = epoch * budget.epochs if budget.epochs else budget.steps or math.inf
@@ -314,6 +314,7 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.clock.seconds,
                 "waited": self.clock.waited,
+                "wall_seconds": time.monotonic() - self.began,
                 "gradient_equivalents": self.objective.gradient_equivalents,
                 "losses": [float(loss) for loss in self.losses],
                 "rows": self.rows,
@@ -333,6 +334,7 @@ class Trainer:
         self.clock.seconds, self.clock.waited = state["seconds"], state["waited"]
         self.objective.gradient_equivalents = state["gradient_equivalents"]
         self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.began -= state["wall_seconds"]
         self.memory.bytes = state["memory"]
         for name, generator_state in state["epoch_start"].items():
             self.generators[name].set_state(generator_state.cpu())
@@ -375,6 +377,7 @@ class Trainer:
             "steps": self.step,
             "epochs": self.step / len(self.batches),
             "train_seconds": self.clock.seconds,
+            "wall_seconds": time.monotonic() - self.began,
             "seconds_per_step": self.clock.seconds / self.step if self.step else None,
             "gradient_equivalents": self.objective.gradient_equivalents,
             "peak_memory_bytes": self.memory.bytes,

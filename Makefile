@@ -1,0 +1,45 @@
+# The same commands for everybody. `make help` lists them.
+PYTHON ?= python3
+PROFILE ?= quick
+LAUNCHER ?= local
+DRY_RUN ?=
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test reproduce-paper report lint lock clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## Create .venv with the locked versions (PYTHON=python3.12 chooses the interpreter)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; type make setup PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@$(BIN)/python -c 'import torch, torchvision' || { echo 'error: torch and torchvision do not fit together (a CPU-only torch does not load torchvision); type: rm -rf .venv && make setup, with an index that has the default build of torch' >&2; exit 1; }
+	@touch $@
+
+test: setup  ## Run all tests and doctests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
+
+reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib)
+	@$(BIN)/python -m runners.reproduce profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
+
+report: setup  ## Make the report of a profile's records again (PROFILE=quick|cpu|paper)
+	@$(BIN)/python -m analysis.report results/$(PROFILE)
+
+lint: setup  ## Check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lock: setup  ## Resolve the versions in requirements.lock anew
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra peers pyproject.toml -o requirements.lock
+
+clean:  ## Remove caches; keeps .venv, data and results
+	rm -rf .pytest_cache .ruff_cache .hypothesis .cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,153 @@
+"""Reproduce the comparison of a profile: `python -m runners.reproduce profile=quick [launcher=joblib] [dry_run=true]`.
+
+Enumerate tasks, methods and seeds; tune what is tuned; run all seeds; analyse. Runs go through Hydra's launcher. What
+is done is never made again, so that the same command goes on after any interruption. One failing run does not stop
+the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from omegaconf import DictConfig
+
+from runners.command import command
+from runners.config import ConfigError
+from runners.estimate import Estimates, spoken
+from runners.progress import Progress
+from runners.record import replace_file
+from runners.sweep import Job, Sweep
+from runners.tracking import mirror
+from runners.tune import record_search, trials_of
+
+
+class Plan:
+    """The runs of a profile: for each task and method its trials, and once these are made its final runs."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        pairs = [(task, optimizer) for task in sweep.profile.tasks for optimizer in sweep.optimizers]
+        self.trials = {pair: trials_of(sweep, *pair) for pair in pairs}
+
+    def all_trials(self) -> list[Job]:
+        return [job for jobs in self.trials.values() for job in jobs]
+
+    def expected(self) -> list[Job]:
+        """A job for every run, to count and estimate by; before tuning, final runs have their first trial's values."""
+        finals = [
+            self.sweep.job(*pair, seed, jobs[0].values if jobs else {}, tuning={})
+            for pair, jobs in self.trials.items()
+            for seed in self.sweep.seeds(pair[0])
+        ]
+        return self.all_trials() + finals
+
+    def finals(self) -> tuple[list[Job], list[str]]:
+        """The final runs, with the settings that tuning selected; and what cannot be run, in words."""
+        finals, failures = [], []
+        for pair, jobs in self.trials.items():
+            values, tuning = {}, None
+            if jobs:
+                try:
+                    search = record_search(self.sweep, jobs)
+                except ConfigError as error:
+                    failures.append(str(error))
+                    continue
+                values = search["selected"]
+                tuning = {"trials": len(jobs), "selected": values, "on_edge": search["on_edge"]}
+            finals += [self.sweep.job(*pair, seed, values, tuning=tuning) for seed in self.sweep.seeds(pair[0])]
+        return finals, failures
+
+
+def reproduce(cfg: DictConfig) -> None:
+    """Make or complete the reproduction of the config's profile, and print a table and the report's path."""
+    sweep = Sweep(cfg)
+    plan = Plan(sweep)
+    expected = plan.expected()
+    estimates = Estimates(sweep.folder / "runs", dict(sweep.profile.seconds_per_epoch))
+    if cfg.dry_run:
+        _print_plan(plan, expected, estimates)
+        return
+    with Progress(len(expected), estimates.total(expected), estimates.seconds) as progress:
+        progress.watch(plan.all_trials())
+        failed = sweep.launch(plan.all_trials())
+        finals, failures = plan.finals()
+        progress.watch(finals)
+        failed += sweep.launch(finals)
+    failures += [f"{job.name}: {reason}\n    {job.command}" for job, reason in failed]
+    mirror([job.folder for job in finals], cfg.tracker)
+    index = _report(sweep.folder)
+    _print_table(finals)
+    print(f"report: {index}")
+    if failures:
+        sys.exit("\n".join([f"error: {len(failures)} failed; the same command tries them again:", *failures]))
+
+
+def _print_plan(plan: Plan, jobs: list[Job], estimates: Estimates) -> None:
+    for job in jobs:
+        settings = job.name if job.cfg.holdout or not job.values else " ".join(job.name.split()[:4]) + " tuned"
+        seconds = f"{'' if estimates.is_measured(job) else '~'}{spoken(estimates.seconds(job))}"
+        print(f"{'done' if job.is_done() else seconds:>8}  {settings}")
+    left = [job for job in jobs if not job.is_done()]
+    print(
+        f"{len(jobs)} runs, {len(left)} to be made, one after another about {spoken(estimates.total(left))} "
+        "(~: a rough estimate, without records of this method on this task)"
+    )
+
+
+def _report(folder: Path) -> Path:
+    """The report on a folder of records, made anew if they or the analysis changed."""
+    index, seal = folder / "report" / "index.html", folder / "report" / ".made-from"
+    analysis = Path(__file__).resolve().parent.parent / "analysis"
+    sources = sorted(
+        [*analysis.glob("**/*.py"), *folder.glob("runs/*/*/*/summary.json"), *folder.glob("tuning/*/*.json")]
+    )
+    state = hashlib.sha256()
+    for path in sources:
+        state.update(f"{path} ".encode() + path.read_bytes())
+    if index.exists() and seal.exists() and seal.read_text() == state.hexdigest():
+        return index
+    from analysis.report import build
+
+    index = build(folder, folder / "report")
+    replace_file(seal, lambda file: file.write_text(state.hexdigest()))
+    return index
+
+
+def _print_table(jobs: list[Job]) -> None:
+    """Final training loss and test metric, mean ± standard deviation over seeds."""
+    pairs = dict.fromkeys(job.pair for job in jobs)
+    print(f"\n{'task':26} {'optimizer':14} {'n':>2} {'training loss':>20} {'test metric':>26}  settings")
+    for pair in pairs:
+        mine = [job for job in jobs if job.pair == pair and job.is_done()]
+        if not mine:
+            print(f"{pair[0]:26} {pair[1]:14}  0")
+            continue
+        summaries = [job.summary() for job in mine]
+        metric = next(
+            name
+            for name in summaries[0]["final"] or ["test_metric"]
+            if name.startswith("test_") and name != "test_loss"
+        )
+        loss, test = (_spread([s["final"].get(name) for s in summaries]) for name in ("train_loss", metric))
+        diverged = sum(s["status"] == "diverged" for s in summaries)
+        settings = " ".join(f"{field}={value:g}" for field, value in mine[0].values.items())
+        edge = " (edge)" if (summaries[0]["tuning"] or {}).get("on_edge") else ""
+        note = f" {diverged} diverged" if diverged else ""
+        print(
+            f"{pair[0]:26} {pair[1]:14} {len(mine):2} {loss:>20} {test + ' ' + metric[5:]:>26}  {settings}{edge}{note}"
+        )
+
+
+def _spread(values: list[float | None]) -> str:
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    deviation = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+    return f"{mean(values):.4g}{deviation}"
+
+
+if __name__ == "__main__":
+    command(reproduce)()

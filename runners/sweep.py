@@ -1,0 +1,160 @@
+"""Many runs: which they are, which are done, and their launch through the launcher that the command line chose."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from runners.command import describe
+from runners.config import CONFIGS, definite_device, definite_threads, resolve, run_folder
+from runners.record import is_done, read_summary
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be made: what to type for it, its resolved config, and the folder of its record."""
+
+    overrides: tuple[str, ...]
+    cfg: DictConfig
+    folder: Path
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Task and optimizer."""
+        return self.cfg.task.name, self.cfg.optimizer.about.name
+
+    @property
+    def values(self) -> dict:
+        """The searched settings of this run."""
+        return {field: self.cfg.optimizer[field] for field in self.cfg.optimizer.get("search") or {}}
+
+    @property
+    def name(self) -> str:
+        """A short description for people."""
+        what = "trial" if self.cfg.holdout else f"seed {self.cfg.seed}"
+        settings = "".join(f" {field}={value:g}" for field, value in self.values.items())
+        return " ".join([*self.pair, what]) + settings
+
+    @property
+    def command(self) -> str:
+        """What to type to make this run alone."""
+        return shlex.join(["python", "-m", "runners.train", *self.overrides])
+
+    def is_done(self) -> bool:
+        return is_done(self.folder)
+
+    def summary(self) -> dict:
+        return read_summary(self.folder)
+
+
+class Sweep:
+    """The runs of one profile, made within a Hydra application.
+
+    Args:
+        cfg: the application's config. Records go to `<results.root>/<profile>/runs`.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.profile = cfg.profile
+        self.folder = Path(cfg.results.root) / cfg.profile.name
+        self.hydra = GlobalHydra.instance().hydra
+        self.overrides = HydraConfig.get().overrides
+        # Definite here, so that a launcher's workers cannot resolve them differently.
+        self.common = (
+            *self.overrides.task,
+            f"device={definite_device(str(cfg.device))}",
+            f"threads={definite_threads(cfg.threads)}",
+            f"results.root={self.folder / 'runs'}",
+            "tracker=none",
+            "progress=false",
+        )
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The profile's methods; `all` are those with a config."""
+        if self.profile.optimizers == "all":
+            return sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
+        return list(self.profile.optimizers)
+
+    def seeds(self, task: str) -> range:
+        """The seeds that the profile asks of a task."""
+        seeds = self.profile.seeds
+        return range(seeds if isinstance(seeds, int) else seeds.get(task, seeds.default))
+
+    def job(self, task: str, optimizer: str, seed: int, values: dict, *, tuning: dict | None = None) -> Job:
+        """One run of a method with these searched settings; without `tuning`, searched settings make it a trial."""
+        choices, composed = self._composed(task, optimizer)
+        holdout = bool(values) and tuning is None
+        fields = {f"optimizer.{field}": value for field, value in values.items()}
+        fields |= {"seed": seed, "holdout": holdout} | ({"tuning": tuning} if tuning else {})
+        cfg = copy.deepcopy(composed)
+        for field, value in fields.items():
+            OmegaConf.update(cfg, field, value)
+        cfg = resolve(cfg)
+        overrides = (*choices, *(f"{field}={_text(value)}" for field, value in fields.items()))
+        return Job(overrides, cfg, run_folder(cfg))
+
+    def search_of(self, task: str, optimizer: str) -> tuple[DictConfig, dict]:
+        """The task's config and the method's search space ({} if it is not tuned)."""
+        _, cfg = self._composed(task, optimizer)
+        return cfg.task, OmegaConf.to_container(cfg.optimizer).get("search") or {}
+
+    def launch(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
+        """Make the runs that are not done.
+
+        Returns:
+            Those that failed, each with its error in one line.
+        """
+        jobs = [job for job in jobs if not job.is_done()]
+        if not jobs:
+            return []
+        config = self._compose(*self.overrides.task, *self.overrides.hydra, mode=RunMode.MULTIRUN)
+        context = HydraContext(config_loader=self.hydra.config_loader, callbacks=Callbacks())
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=make, config=config)
+        returns = launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
+        outcomes = zip(jobs, returns, strict=True)
+        return [(job, describe(ret._return_value)) for job, ret in outcomes if ret.status == JobStatus.FAILED]
+
+    @functools.cache  # noqa: B019 - lives as long as the command
+    def _composed(self, task: str, optimizer: str) -> tuple[tuple[str, ...], DictConfig]:
+        choices = (*self.common, f"task={task}", f"optimizer={optimizer}")
+        cfg = self._compose(*choices)
+        schedule = self.profile.schedules.get(task)
+        if schedule and cfg.optimizer.get("search"):
+            choices = (*choices, f"schedule={schedule}")
+            cfg = self._compose(*choices)
+        del cfg["hydra"]
+        return choices, cfg
+
+    def _compose(self, *overrides: str, mode: RunMode = RunMode.RUN) -> DictConfig:
+        cfg = self.hydra.compose_config("config", list(overrides), run_mode=mode, with_log_configuration=False)
+        OmegaConf.set_struct(cfg, False)
+        OmegaConf.set_readonly(cfg, False)
+        return cfg
+
+
+def make(cfg: DictConfig) -> str:
+    """The task function of a launched job."""
+    cfg = resolve(cfg)
+    from runners.trainer import run
+
+    return str(run(cfg))
+
+
+def _text(value) -> str:
+    """A value in Hydra's override grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
