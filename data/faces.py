@@ -49,8 +49,8 @@ def faces(root: Path, cache: Path, seed: int) -> Dataset:
     if (root / ORIGINAL).is_file():
         patches, surrogate = _original(root / ORIGINAL), None
     else:
-        images = olivetti(root, cache)
-        patches = cached(cache / "faces" / f"v{VERSION}-{seed}.pt", lambda: surrogate_patches(images, seed))
+        path = cache / "faces" / f"v{VERSION}-{seed}.pt"
+        patches = cached(path, lambda: surrogate_patches(olivetti(root, cache), seed))
         surrogate = "patches of the Olivetti faces with rotations and scales drawn here, in place of FACES"
     splits = {name: Split((x,), x) for name, x in patches.items()}
     return Dataset(splits["train"], splits["test"], None, None, surrogate, "FACES")

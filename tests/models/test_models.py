@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.graphs import normalised_adjacency
 from models.autoencoder import Autoencoder
 from models.convnet import ConvNet
 from models.gcn import GCN
@@ -38,7 +39,7 @@ def of_kind(model, kind):
     return [m for m in model.modules() if isinstance(m, kind)]
 
 
-SMALL_GRAPH = (torch.rand(6, 7), torch.eye(6).to_sparse_csr())
+SMALL_GRAPH = (torch.rand(6, 7), normalised_adjacency(torch.tensor([[0, 1], [1, 0]]), 6))
 cases = pytest.mark.parametrize(
     ("model", "inputs", "outputs"),
     [
