@@ -1,0 +1,342 @@
+r"""Layers, and what each one saw in a forward pass.
+
+A *layer* is a module that owns trainable parameters. Every curvature method of this package (layer-wise steps, KFAC,
+K-BFGS, back-matching ...) needs the same few things of it, for a loss summed over the examples of a minibatch:
+
+* its input ``a`` and the derivative ``δ = ∂(Σ_i loss_i)/∂z`` at its output ``z`` (before the activation),
+* its weight gradient, a bilinear function of the two: ``gradient(a, δ)``,
+* its local tangent ``ż = (∂z/∂θ) d``: how the output moves with the layer's own parameters, its input held fixed.
+
+They are captured here and nowhere else: ``Trace`` runs one forward pass and puts a *tap* behind each layer's output. A
+tap is the identity; in a backward pass it hands ``(call, δ)`` to a visitor and lets ``δ`` flow on. ``Trace.backward``
+asks autograd for nothing but the taps, so it propagates derivatives of activations only (one third of a gradient) and
+forms no weight gradients; the visitor forms those that it wants, and nothing per-example outlives its layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Work in gradient-equivalents: one forward and one full backward pass make 1. Counted by construction of the method.
+FORWARD = ACTIVATION_BACKWARD = WEIGHT_GRADIENT = TANGENT = 1 / 3
+HESSIAN_VECTOR_PRODUCT = 2.0
+
+#: Graph convolutions whose output is linear in all the parameters below them (by class name: torch alone is known
+#: here).
+LINEAR_GRAPH_LAYERS = {"GCNConv", "SAGEConv", "GraphConv", "SGConv", "TAGConv", "ChebConv", "ClusterGCNConv", "LEConv"}
+
+_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class Layer:
+    """A module and the trainable parameters that it owns.
+
+    Args:
+        name: the module's name in its model.
+        module: the module.
+        parameters: its trainable parameters by their name inside the module, e.g. ``{"weight": …, "bias": …}``.
+    """
+
+    def __init__(self, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self.name = name
+        self.module = module
+        self.names = tuple(parameters)
+        self.parameters = tuple(parameters.values())
+
+    def gradient(self, inputs: tuple, output: Tensor, delta: Tensor) -> list[Tensor]:
+        """``∂⟨δ, z⟩/∂θ``, one tensor per parameter.
+
+        Args:
+            inputs: what the module was called with.
+            output: what it returned, with its graph.
+            delta: ``∂(Σ_i loss_i)/∂z``, the output's shape.
+        """
+        return list(torch.autograd.grad(output, self.parameters, delta, retain_graph=True))
+
+    def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        """``ż = (∂z/∂θ) d``, the output's shape, for a direction ``d`` in the layer's parameters."""
+        theta = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+        dot = dict(zip(self.names, direction, strict=True))
+        with frozen_statistics(self.module):
+            return torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))[1]
+
+    def slopes(self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
+        return (delta * self.tangent(inputs, output, direction)).flatten(1).sum(1)
+
+    def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
+        """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
+        return [values[name]() for name in self.names]
+
+    def _direction(self, direction: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """A direction's (weight, bias) parts, None where the layer has no such trainable parameter."""
+        parts = dict(zip(self.names, direction, strict=True))
+        return parts.get("weight"), parts.get("bias")
+
+
+class LinearLayer(Layer):
+    """``z = a Wᵀ + b`` on the last dimension; ``a``: ``(m, …, in)``."""
+
+    def gradient(self, inputs, output, delta):
+        delta, a = delta.flatten(0, -2), inputs[0].flatten(0, -2)
+        return self._named(weight=lambda: delta.T @ a, bias=lambda: delta.sum(0))
+
+    def tangent(self, inputs, output, direction):
+        weight, bias = self._direction(direction)
+        if weight is None:
+            return bias.expand_as(output)
+        return F.linear(inputs[0], weight, bias)
+
+
+class ConvolutionLayer(Layer):
+    """Convolution over 1 to 3 dimensions, with stride, zero padding, dilation and groups; ``a``: ``(m, c_in, …)``."""
+
+    def gradient(self, inputs, output, delta):
+        conv, a = self.module, inputs[0]
+        dims = delta.dim() - 2
+
+        def weight() -> Tensor:
+            form = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)[dims - 1]
+            return form(a, conv.weight.shape, delta, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+        return self._named(weight=weight, bias=lambda: delta.flatten(2).sum((0, 2)))
+
+    def tangent(self, inputs, output, direction):
+        conv, (weight, bias) = self.module, self._direction(direction)
+        if weight is None:
+            return bias.view(-1, *[1] * (output.dim() - 2)).expand_as(output)
+        form = (F.conv1d, F.conv2d, F.conv3d)[output.dim() - 3]
+        return form(inputs[0], weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class NormalisationLayer(Layer):
+    """``z = γ x̂ + β`` with ``x̂`` the normalised input (BatchNorm, LayerNorm, GroupNorm). ``x̂`` does not depend on
+    γ, β.
+
+    In training mode BatchNorm's ``x̂`` mixes the examples. That concerns what flows *through* it; ``γ`` and ``β`` act
+    on each example apart, so this layer's own pairing is exact.
+    """
+
+    def _moments(self, inputs: tuple, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Per example ``(δ x̂, δ)`` summed over the positions that share one ``γ``: each ``(m, *γ.shape)``."""
+        norm, x = self.module, inputs[0]
+        if isinstance(norm, nn.LayerNorm):
+            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+            shared = tuple(range(1, x.dim() - len(norm.normalized_shape)))
+        else:
+            if isinstance(norm, nn.GroupNorm):
+                x_hat = F.group_norm(x, norm.num_groups, eps=norm.eps)
+            else:
+                batch = norm.training or norm.running_mean is None
+                stats = (None, None) if batch else (norm.running_mean, norm.running_var)
+                x_hat = F.batch_norm(x, *stats, training=batch, eps=norm.eps)
+            shared = tuple(range(2, x.dim()))
+        if not shared:
+            return delta * x_hat, delta
+        return (delta * x_hat).sum(shared), delta.sum(shared)
+
+    def gradient(self, inputs, output, delta):
+        scaled, plain = self._moments(inputs, delta)
+        return self._named(weight=lambda: scaled.sum(0), bias=lambda: plain.sum(0))
+
+    def slopes(self, inputs, output, delta, direction):
+        scaled, plain = self._moments(inputs, delta)
+        weight, bias = self._direction(direction)
+        terms = [moment * d for moment, d in ((scaled, weight), (plain, bias)) if d is not None]
+        return sum(terms).flatten(1).sum(1)
+
+
+class EmbeddingLayer(Layer):
+    """``z = W[index]``; index: ``(m, …)``."""
+
+    def gradient(self, inputs, output, delta):
+        index, delta = inputs[0].flatten(), delta.flatten(0, -2)
+        return [torch.zeros_like(self.module.weight).index_add_(0, index, delta)]
+
+    def tangent(self, inputs, output, direction):
+        return F.embedding(inputs[0], direction[0])
+
+
+class LinearGraphLayer(Layer):
+    """A graph convolution, linear in all parameters below it: ``ż`` is the layer with the direction for parameters."""
+
+    def tangent(self, inputs, output, direction):
+        absent = {n: torch.zeros_like(p) for n, p in self.module.named_parameters() if n not in self.names}
+        parts = absent | dict(zip(self.names, direction, strict=True))
+        return torch.func.functional_call(self.module, parts, inputs)
+
+
+def _kind(module: nn.Module) -> type[Layer]:
+    if type(module).__name__ in LINEAR_GRAPH_LAYERS:
+        return LinearGraphLayer
+    if type(module) is nn.Linear:
+        return LinearLayer
+    plain_convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
+    if plain_convolution and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return ConvolutionLayer
+    if isinstance(module, _NORMALISATIONS):
+        return NormalisationLayer
+    if type(module) is nn.Embedding and module.padding_idx is None:
+        return EmbeddingLayer
+    return Layer
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """The layers of a model, in the order of ``named_modules``; frozen parameters are left out, shared ones counted
+    once.
+
+    A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child); any other
+    module owns those that are its own attributes. A module of unknown type gets the generic rules (autograd for the
+    gradient, forward mode for the tangent), right for any module that returns one tensor.
+    """
+    layers, seen, inside = [], set(), set()
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        kind = _kind(module)
+        whole = kind is LinearGraphLayer
+        parameters = {n: p for n, p in module.named_parameters(recurse=whole) if p.requires_grad and p not in seen}
+        if whole:
+            inside.add(name + ".")
+        if parameters:
+            seen.update(parameters.values())
+            layers.append(kind(name, module, parameters))
+    return layers
+
+
+class Call:
+    """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap)."""
+
+    def __init__(self, layer: Layer, inputs: tuple, output: Tensor) -> None:
+        self.layer = layer
+        self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        self.output = output
+
+    def gradient(self, delta: Tensor) -> list[Tensor]:
+        return self.layer.gradient(self.inputs, self.output, delta)
+
+    def tangent(self, direction: Sequence[Tensor]) -> Tensor:
+        return self.layer.tangent(self.inputs, self.output, direction)
+
+    def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        return self.layer.slopes(self.inputs, self.output, delta, direction)
+
+
+class _Visitor:
+    """Whom the taps of one trace report to. Holds no tensors, so that taps and their graph form no reference cycle."""
+
+    visit: Callable[[Call, Tensor], None] | None = None
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; backward reports its derivative to the visitor. The anchor makes autograd reach every tap."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, anchor: Tensor, call: Call, visitor: _Visitor) -> Tensor:
+        ctx.call, ctx.visitor = call, visitor
+        return output.detach()  # the same memory; an in-place activation behind the layer stays legal
+
+    @staticmethod
+    def backward(ctx, delta: Tensor):
+        if ctx.visitor.visit is not None:
+            with torch.no_grad():
+                ctx.visitor.visit(ctx.call, delta)
+        return delta, None, None, None
+
+
+class Trace:
+    """One forward pass of a model with a tap behind every layer.
+
+    Args:
+        model: called as ``model(*inputs)``.
+        layers: the layers to tap.
+        inputs: the model's inputs.
+        count: called with the work of each pass, in gradient-equivalents.
+
+    Attributes:
+        outputs: the model's outputs, with graph.
+        calls: the layers' calls in forward order; a layer used twice has two.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], inputs: tuple, count: Callable[[float], None]
+    ) -> None:
+        if not layers:
+            raise ValueError("the model has no trainable parameters, so there is no layer to trace; unfreeze some")
+        self.calls: list[Call] = []
+        self._layers = layers
+        self._count = count
+        self._visitor = _Visitor()
+        self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
+        handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in layers]
+        try:
+            with torch.enable_grad():
+                self.outputs = model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        count(FORWARD)
+
+    def _hook(self, layer: Layer):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"layer '{layer.name}' ({type(module).__name__}) returns {type(output).__name__}; only layers that "
+                    "return one tensor can be traced: freeze its parameters, or use an optimizer of gradients alone"
+                )
+            call = Call(layer, inputs, output)
+            self.calls.append(call)
+            return _Tap.apply(output, self._anchor, call, self._visitor)
+
+        return hook
+
+    def gradients(self, cotangent: Tensor, retain_graph: bool = False) -> dict[Layer, list[Tensor]]:
+        """Weight gradients ``∂⟨cotangent, outputs⟩/∂θ`` of every layer; zero where the outputs do not depend on it."""
+        gradients: dict[Layer, list[Tensor]] = {}
+
+        def visit(call: Call, delta: Tensor) -> None:
+            gradient = call.gradient(delta)
+            if call.layer in gradients:  # used twice
+                gradient = torch._foreach_add(gradients[call.layer], gradient)
+            gradients[call.layer] = list(gradient)
+
+        self.backward(cotangent, visit, retain_graph)
+        self._count(WEIGHT_GRADIENT)
+        return {
+            layer: gradients[layer] if layer in gradients else [torch.zeros_like(p) for p in layer.parameters]
+            for layer in self._layers
+        }
+
+    def backward(self, cotangent: Tensor, visit: Callable[[Call, Tensor], None], retain_graph: bool = False) -> None:
+        """Propagate ``∂(Σ_i loss_i)/∂outputs`` back to all layers' outputs, and no weight gradients.
+
+        Args:
+            cotangent: the outputs' shape.
+            visit: called with each call and its ``δ``, last layer first.
+            retain_graph: keep the graph for another backward pass.
+        """
+        self._visitor.visit = visit
+        try:
+            torch.autograd.grad(self.outputs, self._anchor, cotangent, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            self._visitor.visit = None
+        self._count(ACTIVATION_BACKWARD)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module):
+    """BatchNorm's running statistics stand still, its mode does not change: for second forward passes in one step."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    updating = [m for m in norms if m.training and m.track_running_stats]
+    for norm in updating:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in updating:
+            norm.track_running_stats = True

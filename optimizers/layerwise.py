@@ -1,0 +1,353 @@
+r"""Layer-wise adaptive step sizes: LW-SGDm and LW-AdamW.
+
+After *Layer-wise Adaptive Step-Sizes for Stochastic First-Order Methods for Deep Learning* (Bahamou, Goldfarb,
+arXiv:2305.13664). The paper's abstract says: one step size per layer, from stochastic curvature in the diagonal blocks
+of the Hessian; no learning rate to tune; first-order memory; about one extra gradient of time. Its text and code are
+not to be had, so **everything below is a reconstruction**, derived and then chosen by measurement.
+
+A *descent* gives each layer ``l`` a direction ``d_l``; the *search* gives it a length. Along ``d_l``, the other layers
+fixed, the model is
+
+    f(θ − α d_l) ≈ f − α ρ_l + ½ α² q_l,     ρ_l = ∇_l fᵀ d_l,     q_l = d_lᵀ C_ll d_l,
+
+with ``C`` the Gauss–Newton matrix, and the step sizes are
+
+    α_l = σ̃ · c · t_l / ‖d_l‖,     t_l = max(ρ̄_l, κ ρ̄ᵖ_l) / K̄_ll,     c = min(1, ρ̄ᵀt / tᵀK̄t),
+
+where ``ρ̄ᵖ``, ``ρ̄`` are averages of the slopes per unit of length, ``ρ_l / ‖d_l‖``, before and after the correction for
+noise below, and ``K̄`` averages ``Q_kl / (‖d_k‖‖d_l‖)``. Numerators and denominators are averaged apart, because the
+average of a ratio of noisy numbers is not the ratio. ``c`` makes simultaneous steps consistent: independent ones can
+overshoot by up to the number of layers, and ``c`` minimises the model along their sum.
+
+**Slope without noise.** With ``d = g`` from the same batch, ``gᵀd`` counts the batch's own noise as slope, and at small
+batches the step comes out far too long. With random balanced signs ``ε_i = ±1`` per example, ``e = (1/m) Σ_i ε_i ∇ℓ_i``
+has the second moment of that noise, also where examples mix (BatchNorm, graphs), and
+
+    ρ_l = g_lᵀ d_l − ν · e_lᵀ M_l e_l.
+
+``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
+noise, and ``ν = 1`` under active dropout, whose noise no size of batch removes. ``e`` costs two thirds of a gradient
+and changes slowly, so it is measured every ``noise_every`` steps.
+
+**Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
+long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s`` with
+``s = ρ̄ᵀt / ρ̄ᵖᵀt`` in [0, 1], the share of the measured slope that is not noise.
+
+Step sizes start at ``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step: curvature
+rises while steps grow, and its average lags behind. They may fall at any pace.
+
+======  ===============  ============================================================================================
+symbol  argument         meaning
+======  ===============  ============================================================================================
+``σ``   ``sigma``        dimensionless, not a learning rate; kept as the groups' ``lr`` so that schedulers can act on it
+–       ``averaging``    weight of the past in the averages
+``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good
+======  ===============  ============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from optimizers.curvature import Directions, SampledFisher
+from optimizers.layers import Layer, Trace
+from optimizers.objective import Minibatch
+
+
+class Layerwise(torch.optim.Optimizer):
+    """The search: step sizes for a descent that a subclass defines by ``_directions``, ``_metric`` and ``_move``.
+
+    Args:
+        params: parameters or parameter groups; together they must hold every trainable parameter of the model.
+        defaults: the descent's own options, per group.
+        sigma: ``σ`` > 0.
+        averaging: in [0, 1).
+        floor: ``κ`` in (0, 1].
+        warmup: the first steps, at most ``1/warmup`` as long; at least 1.
+        growth: largest growth of a step size from step to step, above 1.
+        every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
+        noise_every: measure the noise every so many curvature measurements.
+        curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        defaults: dict,
+        *,
+        sigma: float = 2.0,
+        averaging: float = 0.95,
+        floor: float = 0.02,
+        warmup: int = 20,
+        growth: float = 1.05,
+        every: int = 1,
+        noise_every: int = 5,
+        curvature=None,
+    ) -> None:
+        _check(sigma > 0, "sigma", sigma, "positive")
+        _check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
+        _check(0 < floor <= 1, "floor", floor, "in (0, 1]")
+        _check(warmup >= 1, "warmup", warmup, "at least 1")
+        _check(growth > 1, "growth", growth, "above 1")
+        _check(every >= 1, "every", every, "at least 1")
+        _check(noise_every >= 1, "noise_every", noise_every, "at least 1")
+        _check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
+        super().__init__(params, {"lr": sigma} | defaults)
+        self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
+        self.every, self.noise_every = every, noise_every
+        self.curvature = SampledFisher() if curvature is None else curvature
+        self._layers: list[Layer] = []
+
+    @torch.no_grad()
+    def step(self, closure: Minibatch) -> Tensor:
+        """One step on ``objective(inputs, targets)``.
+
+        Returns:
+            The minibatch's mean loss before the step, detached.
+
+        Raises:
+            TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
+            ValueError: the parameter groups do not hold all of the model's trainable parameters.
+        """
+        if not isinstance(closure, Minibatch):
+            raise TypeError(
+                f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
+                "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
+            )
+        search = self._search
+        self._find_layers(closure)
+        if search["step"] % self.every == 0:
+            loss, directions = self._measure(closure, search)
+        else:
+            loss = closure()
+            directions = self._directions()
+        search["step"] += 1
+        for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
+            self._move(layer, alpha, directions[layer])
+        return loss
+
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """By layer: the present ``step_size`` (σ̃ included), and the averaged ``slope`` and ``curvature`` per length."""
+        search = self._search
+        if "step_size" not in search or not self._layers:
+            return {}
+        bias = 1 - self.averaging ** search["measured"]
+        columns = {
+            "step_size": self._step_sizes(search),
+            "slope": search["slope"] / bias - search["noise"],
+            "curvature": search["curvature"].diagonal() / bias,
+        }
+        return {
+            layer.name: {name: column[i] for name, column in columns.items()} for i, layer in enumerate(self._layers)
+        }
+
+    # The descent ------------------------------------------------------------------------------------------------------
+
+    def _directions(self) -> Directions:
+        """``d_l`` for every layer from the present ``.grad``; takes what averages it keeps one step further."""
+        raise NotImplementedError
+
+    def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
+        """``M e``: how the direction moves with the gradient."""
+        raise NotImplementedError
+
+    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
+        """The step of one layer, in place."""
+        raise NotImplementedError
+
+    # The search -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _search(self) -> dict:
+        """The search's own state, kept with the first parameter's so that ``state_dict`` carries it."""
+        state = self.state[self.param_groups[0]["params"][0]]
+        if "search" not in state:
+            state["search"] = {"step": 0, "measured": 0}
+        return state["search"]
+
+    def _find_layers(self, minibatch: Minibatch) -> None:
+        layers = minibatch.objective.layers
+        if layers is self._layers:
+            return
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        for layer in layers:
+            for name, p in zip(layer.names, layer.parameters, strict=True):
+                if p not in group_of:
+                    raise ValueError(
+                        f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
+                        "pass model.parameters(), or freeze it with requires_grad_(False)"
+                    )
+        self._layers, self._group_of = layers, group_of
+
+    def _measure(self, minibatch: Minibatch, search: dict) -> tuple[Tensor, Directions]:
+        """Gradients, directions; the averages of slope, noise and curvature. Returns the loss and the directions."""
+        trace = minibatch.trace()
+        loss = minibatch.fill_gradients(trace, retain_graph=True)
+        directions = self._directions()
+        length = torch.stack([_dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
+        per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
+        slope = torch.stack([_dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
+        if search["measured"] % self.noise_every == 0:
+            self._measure_noise(minibatch, trace, per_length, search)
+        q = self.curvature(minibatch, trace, directions)
+        search["measured"] += 1
+        for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
+            search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)
+        self._search_step_sizes(search, per_length)
+        return loss, directions
+
+    def _measure_noise(self, minibatch: Minibatch, trace: Trace, per_length: Tensor, search: dict) -> None:
+        """Update the average of ``ν eᵀMe`` per unit of length."""
+        nu = 1.0 if _has_dropout(minibatch.objective.model) else minibatch.sampling_noise
+        if nu == 0:
+            search["noise"] = torch.zeros_like(per_length)
+            return
+        e = minibatch.signed_gradients(trace)
+        noise = [
+            _dot(e[layer], [self._metric(p, x) for p, x in zip(layer.parameters, e[layer])]) for layer in self._layers
+        ]
+        noise = nu * torch.stack(noise) * per_length
+        count = search["measured"] // self.noise_every + 1
+        weight = max(1 - self.averaging**self.noise_every, 1 / count)  # a plain mean until the average has its length
+        search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
+
+    def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
+        """The module's formulas, from averages that carry the same bias: in ``t``, ``c`` and ``s`` it cancels."""
+        tiny = torch.finfo(per_length.dtype).tiny
+        measured, curvature = search["slope"], search["curvature"]
+        slope = measured - (1 - self.averaging ** search["measured"]) * search["noise"]
+        slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
+        t = slope / curvature.diagonal().clamp_min(tiny)
+        promised = slope @ t
+        joint = (promised / (t @ curvature @ t).clamp_min(tiny)).clamp_max(1)
+        search["signal"] = (promised / (measured @ t).clamp_min(tiny)).clamp_max(1)
+        sizes = joint * t * per_length * min(1.0, search["measured"] / self.warmup)
+        if "ceiling" in search:
+            sizes = torch.minimum(sizes, search["ceiling"])
+            # half the last ceiling at least: a step that fell to zero must be able to grow again
+            search["ceiling"] = torch.maximum(self.growth * sizes, search["ceiling"] / 2)
+        else:
+            search["ceiling"] = self.growth * sizes
+        search["step_size"] = sizes
+
+    def _step_sizes(self, search: dict) -> Tensor:
+        """``α``, with each layer's own ``σ`` (the ``lr`` of its group)."""
+        sigma = [self._group_of[layer.parameters[0]]["lr"] for layer in self._layers]
+        sigma = torch.as_tensor(sigma, dtype=search["step_size"].dtype).to(
+            search["step_size"].device, non_blocking=True
+        )
+        return search["step_size"] * (1 + (sigma - 1) * search["signal"])
+
+
+class LWSGDm(Layerwise):
+    r"""SGD with momentum and layer-wise adaptive step sizes.
+
+    ``d = g``;  ``v_l ← β v_l + α_l (g_l + w θ_l)``,  ``θ_l ← θ_l − v_l``.
+
+    The step size multiplies the gradient as it enters a plain (not averaged) momentum buffer, the convention of
+    ``torch.optim.SGD``; so does weight decay. What is derived and what is known: see the module.
+
+    Args:
+        params: parameters or parameter groups.
+        momentum: ``β`` in [0, 1).
+        weight_decay: ``w`` ≥ 0.
+        **search: see ``Layerwise``.
+    """
+
+    def __init__(self, params: Iterable, momentum: float = 0.9, weight_decay: float = 0.0, **search) -> None:
+        _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        super().__init__(params, {"momentum": momentum, "weight_decay": weight_decay}, **search)
+
+    def _directions(self) -> Directions:
+        return {layer: [p.grad for p in layer.parameters] for layer in self._layers}
+
+    def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
+        return e
+
+    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
+        for p, d in zip(layer.parameters, direction, strict=True):
+            group, state = self._group_of[p], self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            decayed = d.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else d
+            state["momentum_buffer"].mul_(group["momentum"]).add_(alpha * decayed)
+            p.sub_(state["momentum_buffer"])
+
+
+class LWAdamW(Layerwise):
+    r"""AdamW with layer-wise adaptive step sizes.
+
+    ``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``,  ``d = m̂ / (√v̂ + ε)``,  ``θ_l ← (1 − α_l w) θ_l − α_l d_l``.
+
+    Weight decay is decoupled and scaled by the step size, as in ``torch.optim.AdamW``. In the metric ``M`` the part of
+    ``g`` in ``v̂`` is left out: ``M = (1−β₁)/(1−β₁ᵗ) / (√v̂ + ε)``, an approximation.
+
+    Args:
+        params: parameters or parameter groups.
+        betas: ``(β₁, β₂)``, each in [0, 1).
+        eps: ``ε`` > 0.
+        weight_decay: ``w`` ≥ 0.
+        **search: see ``Layerwise``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **search,
+    ) -> None:
+        betas = tuple(betas)
+        _check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        _check(eps > 0, "eps", eps, "positive")
+        super().__init__(params, {"betas": betas, "eps": eps, "weight_decay": weight_decay}, **search)
+
+    def _directions(self) -> Directions:
+        return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
+
+    def _direction(self, p: Tensor) -> Tensor:
+        group, state = self._group_of[p], self.state[p]
+        beta1, beta2 = group["betas"]
+        if "step" not in state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        state["exp_avg"].lerp_(p.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(p)
+
+    def _scale(self, p: Tensor) -> Tensor:
+        """``√v̂ + ε``."""
+        group, state = self._group_of[p], self.state[p]
+        return (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt_().add_(group["eps"])
+
+    def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
+        beta1, step = self._group_of[parameter]["betas"][0], self.state[parameter]["step"]
+        return e * ((1 - beta1) / (1 - beta1**step)) / self._scale(parameter)
+
+    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
+        for p, d in zip(layer.parameters, direction, strict=True):
+            decay = self._group_of[p]["weight_decay"]
+            if decay:
+                p.mul_(1 - alpha * decay)
+            p.sub_(alpha * d)
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules())
+
+
+def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    return sum(torch.vdot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True))
+
+
+def _check(ok: bool, name: str, value, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value} is impossible: it must be {wanted}")

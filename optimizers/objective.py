@@ -1,0 +1,191 @@
+"""The objective: what every optimizer is handed each step, a closure over one minibatch.
+
+``Objective`` is built once, from a model and a likelihood; called with a batch it gives a ``Minibatch``. A minibatch
+is a closure as ``torch.optim`` knows it (evaluate, fill ``.grad``, return the loss), so any optimizer can step on it.
+A method that wants more than gradients asks the same object: a trace of the layers, the derivative of the loss at true
+or at sampled labels, the likelihood's Hessian. The training loop therefore never asks which optimizer it holds::
+
+    objective = Objective(model, likelihood)
+    for inputs, targets in loader:
+        loss = optimizer.step(objective(inputs, targets))
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.layers import (
+    ACTIVATION_BACKWARD,
+    FORWARD,
+    WEIGHT_GRADIENT,
+    Layer,
+    Trace,
+    find_layers,
+    frozen_statistics,
+)
+
+
+class Likelihood(Protocol):
+    """What an objective asks of a likelihood ``p(y | outputs)``."""
+
+    def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``−log p(y_i | z_i)``: ``(m,)``."""
+
+    def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``∂ Σ_i nll_i / ∂ outputs``."""
+
+    def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The residual at labels drawn from the model's own outputs: mean zero, second moment the output Hessian."""
+
+    def hessian_product(self, outputs: Tensor, vector: Tensor) -> Tensor:
+        """``∇² nll_i · v_i`` in the outputs, per example."""
+
+
+class Objective:
+    """The mean loss of a model over minibatches.
+
+    Args:
+        model: called as ``model(*inputs)``.
+        likelihood: see ``Likelihood``; ``models.likelihoods`` has the usual ones.
+        generator: draws the sampled labels; on the outputs' device. None: torch's global one.
+        population: ``n``, the number of training examples that minibatches are drawn from; None: unlimited. With ``m =
+        n``
+            gradients carry no sampling noise.
+
+    Attributes:
+        layers: the model's layers (found when first asked for; call ``refresh`` after freezing or unfreezing
+        parameters). gradient_equivalents: the work done so far; one forward and one full backward make 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        generator: torch.Generator | None = None,
+        population: int | None = None,
+    ) -> None:
+        self.model = model
+        self.likelihood = likelihood
+        self.generator = generator
+        self.population = population
+        self.gradient_equivalents = 0.0
+        self._layers = None
+
+    @property
+    def layers(self) -> list[Layer]:
+        if self._layers is None:
+            self._layers = find_layers(self.model)
+        return self._layers
+
+    def refresh(self) -> None:
+        """Look for layers anew at the next step."""
+        self._layers = None
+
+    def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Minibatch:
+        """One minibatch.
+
+        Args:
+            inputs: a tensor or a tuple of them, as the model takes them.
+            targets: ``(m, …)``.
+            rows: indices of the outputs that the targets belong to (a graph's labelled nodes); None: all, in order.
+        """
+        return Minibatch(self, inputs if isinstance(inputs, tuple) else (inputs,), targets, rows)
+
+
+class Minibatch:
+    """A closure over one minibatch; see the module's text."""
+
+    def __init__(self, objective: Objective, inputs: tuple, targets: Tensor, rows: Tensor | None) -> None:
+        self.objective = objective
+        self.inputs = inputs
+        self.targets = targets
+        self.rows = rows
+
+    @property
+    def size(self) -> int:
+        """``m``, the number of examples that the loss is a mean over."""
+        return len(self.targets)
+
+    @property
+    def mixing(self) -> bool:
+        """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
+        return self.rows is not None
+
+    @property
+    def sampling_noise(self) -> float:
+        """``1 − m/n``: the share of the spread between halves of the batch that is noise of drawing the batch."""
+        n = self.objective.population
+        return 1.0 if n is None else 1 - min(self.size / n, 1)
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        """The mean loss, with graph."""
+        return self.objective.likelihood.nll(self.labelled(outputs), self.targets).mean()
+
+    def labelled(self, outputs: Tensor) -> Tensor:
+        """The outputs that have a target."""
+        return outputs if self.rows is None else outputs[self.rows]
+
+    def __call__(self) -> Tensor:
+        """Evaluate, fill ``.grad`` anew, return the loss (detached): a ``torch.optim`` closure."""
+        model = self.objective.model
+        self.count(FORWARD + ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = self.loss(model(*self.inputs))
+        loss.backward()
+        return loss.detach()
+
+    def evaluate(self) -> Tensor:
+        """The loss alone, in the model's present mode, without touching BatchNorm's statistics."""
+        self.count(FORWARD)
+        with torch.no_grad(), frozen_statistics(self.objective.model):
+            return self.loss(self.objective.model(*self.inputs))
+
+    def trace(self) -> Trace:
+        """One forward pass with the layers captured."""
+        return Trace(self.objective.model, self.objective.layers, self.inputs, self.count)
+
+    def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
+        """Fill ``.grad`` from a trace; returns the mean loss, detached."""
+        gradients = trace.gradients(self.residual(trace.outputs) / self.size, retain_graph)
+        for layer, gradient in gradients.items():
+            for p, g in zip(layer.parameters, gradient, strict=True):
+                p.grad = g
+        return self.loss(trace.outputs).detach()
+
+    def signed_gradients(self, trace: Trace) -> dict[Layer, list[Tensor]]:
+        """``e = (1/m) Σ_i ε_i ∇ℓ_i``, balanced random signs: its second moment is the noise of the mean gradient."""
+        residual = self.residual(trace.outputs)
+        order = torch.randperm(self.size, generator=self.objective.generator, device=residual.device)
+        signs = (order % 2 * 2 - 1).to(residual.dtype) / self.size
+        if self.rows is not None:
+            signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
+        return trace.gradients(residual * signs.view(-1, *[1] * (residual.dim() - 1)), retain_graph=True)
+
+    def residual(self, outputs: Tensor) -> Tensor:
+        """``∂ Σ_i loss_i / ∂ outputs`` at the true labels (zero where there is none); a sum, not a mean."""
+        likelihood = self.objective.likelihood
+        return self._scatter(outputs, likelihood.residual(self.labelled(outputs.detach()), self.targets))
+
+    def sampled_residual(self, outputs: Tensor) -> Tensor:
+        """The same at labels drawn from the model's own outputs."""
+        likelihood, generator = self.objective.likelihood, self.objective.generator
+        return self._scatter(outputs, likelihood.sampled_residual(self.labelled(outputs.detach()), generator))
+
+    def hessian_product(self, outputs: Tensor, vector: Tensor) -> Tensor:
+        """``∇² Σ_i loss_i · v`` in the outputs (zero where there is no label)."""
+        likelihood = self.objective.likelihood
+        product = likelihood.hessian_product(self.labelled(outputs.detach()), self.labelled(vector))
+        return self._scatter(outputs, product)
+
+    def count(self, work: float) -> None:
+        """Add to the objective's gradient-equivalents."""
+        self.objective.gradient_equivalents += work
+
+    def _scatter(self, outputs: Tensor, values: Tensor) -> Tensor:
+        if self.rows is None:
+            return values
+        return torch.zeros_like(outputs).index_copy_(0, self.rows, values)
