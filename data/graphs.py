@@ -1,7 +1,7 @@
 """Citation graphs for node classification: Planetoid, and a generated sibling.
 
-Features are row-normalised; the adjacency is `Â = D^{-1/2} (A + I) D^{-1/2}` (Kipf and Welling, ICLR 2017), a sparse
-CSR tensor. The splits of a graph share both and differ in the nodes that they label.
+Features are row-normalised; the adjacency is `Â = D^{-1/2} (A + I) D^{-1/2}` (Kipf and Welling, ICLR 2017). Both are
+sparse CSR tensors. The splits of a graph share them and differ in the nodes that they label.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def stochastic_block_model(
 
 def _dataset(features: Tensor, edge_index: Tensor, labels: Tensor, rows: dict[str, Tensor], name: str) -> Dataset:
     features = features / features.sum(1, keepdim=True).clamp(min=torch.finfo(features.dtype).tiny)
-    inputs = (features, normalised_adjacency(edge_index, len(features)))
+    inputs = (_sparse(features), normalised_adjacency(edge_index, len(features)))
     splits = {split: Split(inputs, labels[nodes], nodes) for split, nodes in rows.items()}
     return Dataset(splits["train"], splits["test"], splits["validation"], None, None, name)
 
@@ -122,7 +122,10 @@ def normalised_adjacency(edge_index: Tensor, nodes: int) -> Tensor:
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
     index, weight = gcn_norm(edge_index, num_nodes=nodes)
+    return _sparse(torch.sparse_coo_tensor(index, weight, (nodes, nodes), check_invariants=True).coalesce())
+
+
+def _sparse(matrix: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        matrix = torch.sparse_coo_tensor(index, weight, (nodes, nodes), check_invariants=True)
-        return matrix.coalesce().to_sparse_csr()
+        return matrix.to_sparse_csr()

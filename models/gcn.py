@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,17 +24,30 @@ class GCN(nn.Module):
         from torch_geometric.nn import GCNConv  # takes seconds: only where a graph is used
 
         super().__init__()
-        self.dropout1 = nn.Dropout(dropout)
+        self.dropout1 = SparseDropout(dropout)
         self.conv1 = GCNConv(features, hidden, normalize=False)
         self.relu = nn.ReLU()
         self.dropout2 = nn.Dropout(dropout)
         self.conv2 = GCNConv(hidden, classes, normalize=False)
 
     def forward(self, features: Tensor, adjacency: Tensor) -> Tensor:
-        """Logits of all nodes `(nodes, classes)` from X `(nodes, features)` and the normalised adjacency Â."""
+        """Logits of all nodes `(nodes, classes)` from X `(nodes, features)` and Â `(nodes, nodes)`, both sparse CSR."""
         hidden = self.relu(self.conv1(self.dropout1(features), adjacency))
         return self.conv2(self.dropout2(hidden), adjacency)
 
     def decayed_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters under weight decay: the first layer's, as in the original."""
         return self.conv1.parameters()
+
+
+class SparseDropout(nn.Dropout):
+    """Dropout of a sparse CSR matrix, which becomes dense.
+
+    Zeros stay zero whether dropped or not, so only stored entries are drawn: on the CPU, drawing for every entry of a
+    bag of words would cost several times the rest of a training step.
+    """
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        values = super().forward(matrix.values())
+        parts = (matrix.crow_indices(), matrix.col_indices(), values)
+        return torch.sparse_csr_tensor(*parts, matrix.shape, check_invariants=False).to_dense()

@@ -9,7 +9,7 @@ from torch import nn
 from data.graphs import normalised_adjacency
 from models.autoencoder import Autoencoder
 from models.convnet import ConvNet
-from models.gcn import GCN
+from models.gcn import GCN, SparseDropout
 from models.lenet import LeNet
 from models.resnet import OptionA, ResNet
 from models.vgg import VGG
@@ -39,7 +39,8 @@ def of_kind(model, kind):
     return [m for m in model.modules() if isinstance(m, kind)]
 
 
-SMALL_GRAPH = (torch.rand(6, 7), normalised_adjacency(torch.tensor([[0, 1], [1, 0]]), 6))
+ADJACENCY = normalised_adjacency(torch.tensor([[0, 1], [1, 0]]), 6)
+FEATURES = torch.rand(6, 7).to_sparse_csr()
 cases = pytest.mark.parametrize(
     ("model", "inputs", "outputs"),
     [
@@ -50,7 +51,7 @@ cases = pytest.mark.parametrize(
         (vgg([2, 2, 3, 3, 3], 100, batch_norm=True), (torch.rand(3, 3, 32, 32),), (3, 100)),
         (build(LeNet, 10), (torch.rand(3, 1, 28, 28),), (3, 10)),
         (build(ConvNet, [16, 32], 10, 1, 8), (torch.rand(3, 1, 8, 8),), (3, 10)),
-        (build(GCN, 7, 16, 5), SMALL_GRAPH, (6, 5)),
+        (build(GCN, 7, 16, 5), (FEATURES, ADJACENCY), (6, 5)),
     ],
     ids=["autoencoder", "resnet8", "resnet32", "vgg11", "vgg16bn", "lenet", "convnet", "gcn"],
 )
@@ -148,12 +149,20 @@ def test_lenet_sizes():
 
 def test_gcn_is_two_propagated_products():
     model = build(GCN, 7, 16, 5).eval()
-    features = torch.rand(6, 7)
-    adjacency = torch.rand(6, 6)
-    adjacency = adjacency + adjacency.T
+    x, a = FEATURES.to_dense(), ADJACENCY.to_dense()
     w1, w2 = model.conv1.lin.weight.T, model.conv2.lin.weight.T
-    expected = adjacency @ torch.relu(adjacency @ features @ w1 + model.conv1.bias) @ w2 + model.conv2.bias
-    torch.testing.assert_close(model(features, adjacency.to_sparse_csr()), expected)
+    expected = a @ torch.relu(a @ x @ w1 + model.conv1.bias) @ w2 + model.conv2.bias
+    torch.testing.assert_close(model(FEATURES, ADJACENCY), expected)
+
+
+def test_sparse_dropout_drops_and_rescales_entries():
+    x = torch.ones(100, 100).tril().to_sparse_csr()
+    dropped = SparseDropout(0.25)(x)
+    kept = dropped != 0
+    assert torch.equal(dropped[kept], torch.full_like(dropped[kept], 1 / 0.75))
+    assert not kept.triu(1).any()
+    assert kept.sum().item() / len(x.values()) == pytest.approx(0.75, abs=0.03)  # five standard errors
+    assert torch.equal(SparseDropout(0.25).eval()(x), x.to_dense())
 
 
 def test_gcn_decays_its_first_layer_alone():
