@@ -134,10 +134,14 @@ def _check(cfg: DictConfig) -> None:
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
-    _check_writable(Path(cfg.results.root))
 
 
-def _check_writable(root: Path) -> None:
+def check_writable(root: Path) -> None:
+    """Make the folder of results.
+
+    Raises:
+        ConfigError: it cannot be made or written.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK | os.X_OK):

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from omegaconf import DictConfig
 
-from runners.command import command
+from runners.command import command, describe
 from runners.config import ConfigError
 from runners.estimate import Estimates, spoken
 from runners.progress import Progress
@@ -78,9 +78,11 @@ def reproduce(cfg: DictConfig) -> None:
         failed += sweep.launch(finals)
     failures += [f"{job.name}: {reason}\n    {job.command}" for job, reason in failed]
     mirror([job.folder for job in finals], cfg.tracker)
-    index = _report(sweep.folder)
     _print_table(finals)
-    print(f"report: {index}")
+    try:
+        print(f"report: {_report(sweep.folder)}")
+    except Exception as error:  # the runs that failed are to be named even so
+        failures.append(f"the report: {describe(error)}")
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} failed; the same command tries them again:", *failures]))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch, Batches, Dataset, Split
-from optimizers.objective import Objective
+from optimizers import Objective
 from runners import checkpoint, record
 from runners.clock import Clock
-from runners.config import ConfigError, run_folder, stream_seed
+from runners.config import ConfigError, check_writable, run_folder, stream_seed
 from runners.memory import PeakMemory, traced_peak
 from runners.provenance import provenance
 from runners.signals import Interrupted, StopSignals
@@ -47,6 +49,7 @@ def run(cfg: DictConfig) -> Path:
     """
     folder = run_folder(cfg)
     if not record.is_done(folder):
+        check_writable(Path(cfg.results.root))
         Trainer(cfg, folder).run()
     return folder
 
@@ -88,6 +91,7 @@ class Trainer:
     def run(self) -> None:
         """Train until the budget is spent, the run diverges or a signal comes, and write the record."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "error.txt").unlink(missing_ok=True)
         record.replace_file(self.folder / "config.yaml", self._save_config)
         status, message = "interrupted", None
         try:
@@ -155,9 +159,9 @@ class Trainer:
         def rehearse():
             generators = self._generators()
             model, objective, optimizer = self._build(generators)
-            batches = iter(self._make_batches(generators))
-            for _ in range(min(2, len(self.batches))):
-                optimizer.step(objective(*next(batches)))
+            with contextlib.suppress(Exception):  # what fails here fails again in the run, and is told there
+                for batch in islice(self._make_batches(generators), 2):
+                    optimizer.step(objective(*batch))
             return model, optimizer
 
         with torch.random.fork_rng():

@@ -1,0 +1,103 @@
+import pytest
+from omegaconf import OmegaConf
+
+from runners.config import ConfigError, digest, resolve, run_folder, stream_seed
+
+BASE = ("task=cnn_digits", "optimizer=sgdm", "budget.epochs=2")
+
+
+def hash_of(compose, *overrides):
+    return digest(resolve(compose(*BASE, *overrides)))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1", "holdout=true", "threads=2", "budget.epochs=3", "optimizer.lr=0.02", "optimizer.about.version=2",
+        "optimizer=sgd", "task.version=2", "task.batch_size=32", "task=gcn_sbm", "schedule=step", "task.weight_decay=0",
+        "task.model.channels=[8,8]", "+optimizer.nesterov=true",
+    ],
+)  # fmt: skip
+def test_hash_tells_apart_what_determines_the_result(compose, override):
+    assert hash_of(compose, override) != hash_of(compose)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "results.root=elsewhere", "data.root=elsewhere", "data.cache=elsewhere", "tracker=wandb_offline",
+        "launcher.contended=true", "progress=true", "optimizer.about.label=other", "optimizer.search=null",
+        "profile=cpu", "tuning={trials:4}", "optimizer.lr=0.010", "budget.epochs=2.0",
+    ],
+)  # fmt: skip
+def test_hash_is_blind_to_place_and_looks(compose, override, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hash_of(compose, override) == hash_of(compose)
+
+
+def test_thread_count_does_not_determine_results_on_cuda(compose):
+    one, two = (resolve(compose(*BASE, f"threads={n}")) for n in (1, 2))
+    one.device = two.device = "cuda:0"
+    assert digest(one) == digest(two)
+    two.device = "cuda:1"
+    assert digest(one) == digest(two)
+
+
+def test_an_explicit_budget_and_the_same_one_of_a_profile_are_one_run(compose):
+    cfg = compose("task=cnn_digits", "optimizer=sgdm")
+    explicit = f"budget.epochs={cfg.profile.budgets.cnn_digits.epochs}"
+    assert digest(resolve(cfg)) == digest(resolve(compose("task=cnn_digits", "optimizer=sgdm", explicit)))
+
+
+def test_folder_is_task_optimizer_hash(compose):
+    cfg = resolve(compose(*BASE))
+    assert run_folder(cfg).parts[-3:] == ("cnn_digits", "sgdm", digest(cfg))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.steps=3", "budget is given twice (epochs=2, steps=3); give one of them"),
+        ("budget.epochs=0", "budget.epochs is 0; type a positive whole number"),
+        ("budget.epochs=1.5", "budget.epochs is 1.5; type a positive whole number"),
+        ("budget.epochs=many", "budget.epochs is many"),
+        ("optimizer.lr=-0.1", "optimizer.lr is -0.1; type a number of at least 0"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1"),
+        ("task.batch_size=0", "task.batch_size is 0; type a positive whole number, or full"),
+        ("task.batch_size=half", "task.batch_size is half"),
+        ("seed=-1", "seed is -1"),
+        ("seed=first", "seed is first"),
+        ("threads=0", "threads is 0"),
+        ("device=tpu", "device is tpu; choose one of auto, cpu, cuda, cuda:N"),
+        ("optimizer._target_=os.system", "optimizer._target_ is os.system; only these packages"),
+        ("+task.model.inner={_target_:builtins.eval}", "task.model.inner._target_ is builtins.eval"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(compose, override, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(compose(*BASE, override))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_without_a_budget_is_refused(compose):
+    with pytest.raises(ConfigError, match=r"profile quick has none for task autoencoder_mnist, only for .*cnn_digits"):
+        resolve(compose("task=autoencoder_mnist", "optimizer=sgdm"))
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(compose):
+    with pytest.raises(ConfigError, match="type device=auto or device=cpu"):
+        resolve(compose(*BASE, "device=cuda:99"))
+
+
+def test_resolving_changes_nothing_in_the_given_config(compose):
+    cfg = compose(*BASE, "threads=null")
+    before = OmegaConf.to_yaml(cfg)
+    resolve(cfg)
+    assert OmegaConf.to_yaml(cfg) == before
+
+
+def test_streams_are_independent_and_zero_is_a_seed():
+    seeds = [stream_seed(seed, name) for seed in range(3) for name in ("init", "order", "labels")]
+    assert len(set(seeds)) == 9
+    assert all(0 < seed < 2**63 for seed in seeds)
