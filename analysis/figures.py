@@ -6,8 +6,10 @@ Each function builds one matplotlib figure from records and returns it with the 
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +20,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis import statistics, tables
 from analysis.claims import final_values
-from analysis.records import AXES, Records
+from analysis.records import AXES, Records, load
 from analysis.style import KINDS, SOLID, order, style, use
 
 AXIS_LABELS = {
@@ -102,8 +104,10 @@ def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> No
     if not accuracy and low > 0 and high / low > 3:
         axis.set_yscale("log")
         axis.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
-        if high / low > 30:
-            axis.yaxis.set_minor_formatter(NullFormatter())
+        wide = high / low > 1e3
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         axis.set_ylim(low - room, high + room)
@@ -483,21 +487,29 @@ def _short(task: str) -> str:
 # ---- all of them ---------------------------------------------------------------------------------------------------
 
 
-def jobs(records: Records) -> list[tuple[Callable, tuple]]:
-    """Every figure that the records can show: functions with their arguments, in the report's order."""
+def jobs(records: Records) -> dict[str, tuple[Callable, tuple]]:
+    """Every figure that the records may show, by its stable name, in the report's order: a function and its arguments."""
     tasks = [task for task in records.tasks if (records.finals.task == task).any()]
-    found = [(performance_profiles, ()), (cost, ())] if tasks else []
+    found = {"performance_profiles": (performance_profiles, ()), "cost": (cost, ())} if tasks else {}
     for task in tasks:
-        found += [(curves, (task, axis)) for axis in AXES]
-        found += [(step_sizes, (task,)), (sensitivity, (task,)), (best_of_k, (task,))]
+        found |= {f"curves_{axis}_{task}": (curves, (task, axis)) for axis in AXES}
+        found |= {f"{draw.__name__}_{task}": (draw, (task,)) for draw in (step_sizes, sensitivity, best_of_k)}
     return found
 
 
-def draw_all(records: Records, folder: Path, processes: int | None = None) -> list[Drawn]:
-    """Write every figure as PNG, PDF and CSV under `folder`; what is returned carries no matplotlib figure."""
+def draw_all(records: Records, folder: Path, names: list[str] | None = None) -> list[Drawn]:
+    """Write figures (all, or those named) as PNG, PDF and CSV; what is returned carries no matplotlib figure.
+
+    Raises:
+        ValueError: a name that these records have no figure for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    work = jobs(records)
-    processes = min(processes or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, len(work), 8)
+    known = jobs(records)
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"no figure {', '.join(unknown)}; there are {', '.join(known)}")
+    work = [known[name] for name in names or known]
+    processes = min(os.cpu_count() or 1, len(work), 8)
     if processes < 2:
         drawn = [_draw(records, folder, *job) for job in work]
     else:
@@ -529,3 +541,21 @@ def _draw(records: Records, folder: Path, function: Callable, arguments: tuple) 
     plt.close(drawn.figure)
     drawn.data.to_csv(folder / f"{drawn.name}.csv", index=False, float_format="%.8g")
     return Drawn(drawn.name, drawn.task, drawn.title, drawn.alt, None, drawn.data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.figures", description="Draw figures again.")
+    parser.add_argument("root", type=Path, help="a results folder, such as results/quick")
+    parser.add_argument("names", nargs="*", help="figures by name; all without any")
+    parser.add_argument("--out", type=Path, help="default: <root>/report/figures")
+    arguments = parser.parse_args()
+    folder = arguments.out or arguments.root / "report" / "figures"
+    try:
+        for drawn in draw_all(load(arguments.root), folder, arguments.names):
+            print(folder / f"{drawn.name}.pdf")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

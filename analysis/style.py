@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
-    "#222222", "#e69f00", "#56b4e9", "#009e73", "#b5a800", "#0072b2", "#d55e00", "#cc79a7",
+OLIVE, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#667022", "#e69f00", "#56b4e9", "#009e73", "#b5a800", "#0072b2", "#d55e00", "#cc79a7",
 )  # fmt: skip
 GREY, BROWN, PURPLE, TEAL = "#7f7f7f", "#8c564b", "#7b5ea7", "#3a8f9d"
 SOLID, DASHED, DOTTED, DASHDOT, LONG = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2))
@@ -59,7 +59,7 @@ STYLES = {
     "kbfgs_l": Style(BROWN, LONG, ">"),
     "mbf": Style(YELLOW, DASHDOT, "h"),
     "curvature_rescaling": Style(TEAL, LONG, "p"),
-    "layer_specific": Style(BLACK, DOTTED, "d"),
+    "layer_specific": Style(OLIVE, DOTTED, "d"),
     "back_matching": Style(GREY, DOTTED, "*"),
 }
 KINDS = {"layerwise": "Layer-wise", "first_order": "First order", "second_order": "Second order"}
@@ -70,7 +70,7 @@ def style(optimizer: str) -> Style:
     if optimizer in STYLES:
         return STYLES[optimizer]
     number = zlib.crc32(optimizer.encode())
-    colors = (GREY, BROWN, PURPLE, TEAL, PINK, GREEN, ORANGE, SKY, BLACK)
+    colors = (GREY, BROWN, PURPLE, TEAL, PINK, GREEN, ORANGE, SKY, OLIVE)
     bold = optimizer.startswith("lw_")
     line = SOLID if bold else (DOTTED, LONG, DASHDOT)[number // 64 % 3]
     return Style(colors[number % len(colors)], line, "ov^<>sphXDd"[number // 8 % 11], bold=bold)

@@ -1,0 +1,194 @@
+// Interactive curves: plain SVG from the JSON in each figure. Without this script the figures' images are shown.
+"use strict";
+
+const svg = (name, attributes = {}, parent = null) => {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  if (parent) parent.append(node);
+  return node;
+};
+const html = (name, properties = {}, parent = null) => {
+  const node = Object.assign(document.createElement(name), properties);
+  if (parent) parent.append(node);
+  return node;
+};
+const show = (value) => (value === null ? "–" : Number(value.toPrecision(4)).toString());
+
+// Round numbers from low to high, about `count` of them; decades and their halves on a logarithmic axis.
+function ticks(low, high, count, log) {
+  if (log) {
+    const found = [];
+    const steps = high / low > 1e3 ? [1] : [1, 2, 5];
+    for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++)
+      for (const m of steps) if (m * 10 ** e >= low && m * 10 ** e <= high) found.push(m * 10 ** e);
+    if (found.length > 1) return found;
+  }
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high * (1 + 1e-9); i++) found.push(i * step);
+  return found;
+}
+
+class Panel {
+  constructor(chart, spec) {
+    Object.assign(this, { chart, spec });
+    this.root = html("div", { className: "panel" }, chart.panels);
+    html("h4", { textContent: spec.label }, this.root);
+    this.svg = svg("svg", { role: "img" }, this.root);
+    this.tip = html("div", { className: "tip", hidden: true }, this.root);
+    this.svg.addEventListener("pointermove", (event) => this.point(event));
+    this.svg.addEventListener("pointerleave", () => this.leave());
+  }
+
+  draw() {
+    const { axis, visible } = this.chart, width = Math.max(this.root.clientWidth, 240), height = 280;
+    this.box = { left: 46, right: width - 8, top: 8, bottom: height - 40 };
+    this.svg.replaceChildren();
+    this.svg.setAttribute("height", height);
+    this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    this.svg.setAttribute("aria-label", this.words());
+    const first = Math.max(...visible.map((m) => m[this.spec.key][0][0] ?? -Infinity));
+    const within = (y) => y !== null && (!this.spec.loss || !(y > first * 1.05));
+    const ys = visible.flatMap((m) => m[this.spec.key].flat()).filter(within);
+    const xs = visible.flatMap((m) => m[axis]);
+    if (!ys.length) return;
+    let low = Math.min(...ys), high = Math.max(...ys);
+    const log = this.spec.loss && low > 0 && high / low > 3;
+    const room = log ? (high / low) ** 0.04 : (high - low) * 0.04 || Math.abs(high) * 0.05 || 1;
+    [low, high] = log ? [low / room, high * room] : [low - room, high + room];
+    const end = Math.max(...xs) || 1, b = this.box, level = log ? Math.log : (v) => v;
+    this.x = (v) => b.left + (v / end) * (b.right - b.left);
+    this.y = (v) => {
+      const place = b.bottom - ((level(v) - level(low)) / (level(high) - level(low))) * (b.bottom - b.top);
+      return Math.max(place, b.top - 30);
+    };
+    this.frame(low, high, end, log);
+    const area = svg("g", { "clip-path": `inset(0)` }, this.svg);
+    for (const method of [...visible].sort((p, q) => p.bold - q.bold)) this.curve(area, method, axis);
+    this.cursor = svg("line", { class: "cursor", y1: b.top, y2: b.bottom, visibility: "hidden" }, this.svg);
+  }
+
+  frame(low, high, end, log) {
+    const b = this.box;
+    for (const value of ticks(low, high, 5, log)) {
+      svg("line", { class: "grid", x1: b.left, x2: b.right, y1: this.y(value), y2: this.y(value) }, this.svg);
+      svg("text", { x: b.left - 6, y: this.y(value) + 4, "text-anchor": "end" }, this.svg).textContent = show(value);
+    }
+    svg("line", { class: "axis", x1: b.left, x2: b.right, y1: b.bottom, y2: b.bottom }, this.svg);
+    for (const value of ticks(0, end, Math.min(6, (b.right - b.left) / 60), false))
+      svg("text", { x: this.x(value), y: b.bottom + 16, "text-anchor": "middle" }, this.svg).textContent = show(value);
+    const label = svg("text", { x: (b.left + b.right) / 2, y: b.bottom + 34, "text-anchor": "middle" }, this.svg);
+    label.textContent = this.chart.data.axes[this.chart.axis];
+  }
+
+  curve(parent, method, axis) {
+    const group = svg("g", { "data-method": method.name }, parent);
+    const [mean, low, high] = method[this.spec.key];
+    const points = (values) => method[axis].map((x, i) => [x, values[i]]).filter(([, y]) => y !== null)
+      .map(([x, y]) => `${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`);
+    svg("polygon", { class: "band", points: [...points(low), ...points(high).reverse()].join(" "), fill: method.color }, group);
+    svg("polyline", {
+      class: "curve", points: points(mean).join(" "), stroke: method.color, "stroke-width": method.width, "stroke-dasharray": method.dash,
+    }, group);
+  }
+
+  // The nearest evaluation of every visible method at the pointer, best first.
+  point(event) {
+    if (!this.x) return;
+    const { axis, visible } = this.chart, b = this.box, bounds = this.svg.getBoundingClientRect();
+    const px = Math.min(Math.max(event.clientX - bounds.left, b.left), b.right);
+    const rows = visible.map((method) => {
+      const i = method[axis].reduce((best, x, j, all) => (Math.abs(this.x(x) - px) < Math.abs(this.x(all[best]) - px) ? j : best), 0);
+      return { method, x: method[axis][i], y: method[this.spec.key][0][i] };
+    }).filter((row) => row.y !== undefined && row.y !== null);
+    rows.sort((p, q) => (this.spec.loss ? p.y - q.y : q.y - p.y));
+    this.tip.replaceChildren();
+    for (const { method, x, y } of rows) {
+      const line = html("div", {}, this.tip);
+      html("span", { className: "swatch" }, line).style.background = method.color;
+      line.append(`${method.label} ${show(y)} at ${show(x)}`);
+    }
+    this.tip.hidden = !rows.length;
+    const room = bounds.width - this.tip.offsetWidth - 4;
+    this.tip.style.left = `${Math.max(0, Math.min(px < bounds.width / 2 ? px + 14 : px - this.tip.offsetWidth - 14, room))}px`;
+    this.cursor.setAttribute("x1", px);
+    this.cursor.setAttribute("x2", px);
+    this.cursor.setAttribute("visibility", "visible");
+    const near = rows.length && rows.reduce((best, row) =>
+      Math.abs(this.y(row.y) - event.clientY + bounds.top) < Math.abs(this.y(best.y) - event.clientY + bounds.top) ? row : best);
+    this.chart.highlight(near && Math.abs(this.y(near.y) - event.clientY + bounds.top) < 14 ? near.method.name : null);
+  }
+
+  leave() {
+    this.tip.hidden = true;
+    if (this.cursor) this.cursor.setAttribute("visibility", "hidden");
+    this.chart.highlight(null);
+  }
+
+  words() {
+    const ends = this.chart.visible.map((m) => `${m.label} ${show(m[this.spec.key][0].at(-1) ?? null)}`);
+    const against = this.chart.data.axes[this.chart.axis].toLowerCase();
+    return `${this.spec.label} against ${against} on ${this.chart.data.task}. Last values: ${ends.join(", ")}.`;
+  }
+}
+
+class Chart {
+  constructor(root) {
+    this.root = root;
+    this.data = JSON.parse(root.querySelector("script").textContent);
+    this.panels = root.querySelector(".panels");
+    this.hidden = new Set();
+    this.chips();
+    this.parts = this.data.panels.map((spec) => new Panel(this, spec));
+    root.classList.add("live");
+    root.querySelectorAll(".axes input").forEach((input) => input.addEventListener("change", () => this.draw()));
+    new ResizeObserver(() => this.draw()).observe(this.panels);
+    this.draw();
+  }
+
+  get axis() {
+    return this.root.querySelector(".axes input:checked").value;
+  }
+
+  get visible() {
+    return this.data.methods.filter((method) => !this.hidden.has(method.name));
+  }
+
+  chips() {
+    const row = html("div", { className: "chips" });
+    row.setAttribute("role", "group");
+    row.setAttribute("aria-label", "Methods shown");
+    let kind = null;
+    for (const method of [...this.data.methods]) {
+      if (method.kind !== kind) html("span", { className: "kind", textContent: (kind = method.kind) }, row);
+      const button = html("button", { type: "button" }, row);
+      const sample = svg("svg", { width: 24, height: 10, "aria-hidden": "true" }, button);
+      svg("line", { x1: 1, x2: 23, y1: 5, y2: 5, stroke: method.color, "stroke-width": method.width, "stroke-dasharray": method.dash }, sample);
+      button.append(method.label);
+      button.setAttribute("aria-pressed", "true");
+      button.addEventListener("click", () => {
+        if (!this.hidden.delete(method.name)) this.hidden.add(method.name);
+        button.setAttribute("aria-pressed", String(!this.hidden.has(method.name)));
+        this.draw();
+      });
+      for (const [on, off] of [["pointerenter", "pointerleave"], ["focus", "blur"]]) {
+        button.addEventListener(on, () => this.highlight(method.name));
+        button.addEventListener(off, () => this.highlight(null));
+      }
+    }
+    this.panels.before(row);
+  }
+
+  highlight(name) {
+    this.panels.classList.toggle("some", name !== null && !this.hidden.has(name));
+    this.panels.querySelectorAll("[data-method]").forEach((g) => g.classList.toggle("on", g.dataset.method === name));
+  }
+
+  draw() {
+    this.root.querySelectorAll("[data-axis]").forEach((node) => node.classList.toggle("current", node.dataset.axis === this.axis));
+    this.parts.forEach((panel) => panel.draw());
+  }
+}
+
+document.querySelectorAll(".chart").forEach((root) => new Chart(root));
