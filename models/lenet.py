@@ -1,4 +1,4 @@
-"""LeNet in the form of Caffe's MNIST example, the framework of Singh et al.'s experiments."""
+"""LeNet in the form of Caffe's MNIST example (as remembered: the framework of Singh et al.'s experiments)."""
 
 from __future__ import annotations
 
