@@ -1,0 +1,60 @@
+"""What every optimizer that works on layers does alike: find them through the objective, and each one's group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimizers.layers import Layer
+from optimizers.objective import Minibatch
+
+
+class LayeredOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose step takes a minibatch that knows its layers."""
+
+    _layers: list[Layer] = []  # noqa: RUF012 - never changed in place
+
+    def find_layers(self, closure: Minibatch) -> list[Layer]:
+        """The layers of the closure's model.
+
+        Raises:
+            TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
+            ValueError: the parameter groups do not hold all of the model's trainable parameters.
+        """
+        if not isinstance(closure, Minibatch):
+            raise TypeError(
+                f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
+                "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
+            )
+        layers = closure.objective.layers
+        if layers is not self._layers:
+            group_of = {p: group for group in self.param_groups for p in group["params"]}
+            for layer in layers:
+                for name, p in zip(layer.names, layer.parameters, strict=True):
+                    if p not in group_of:
+                        raise ValueError(
+                            f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
+                            "pass model.parameters(), or freeze it with requires_grad_(False)"
+                        )
+            self._layers, self._group_of = layers, group_of
+        return layers
+
+    def group(self, parameter: Tensor) -> dict:
+        """The parameter group that holds a parameter."""
+        return self._group_of[parameter]
+
+    def decayed_gradient(self, parameter: Tensor) -> Tensor:
+        """``g + w θ``: the gradient of the loss plus ``½ w ‖θ‖²``."""
+        decay = self.group(parameter)["weight_decay"]
+        return parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
+
+
+def dot(xs, ys) -> Tensor:
+    """The inner product of two lists of tensors."""
+    return sum(torch.vdot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True))
+
+
+def check(ok: bool, name: str, value, wanted: str) -> None:
+    """Refuse an argument that is out of its range."""
+    if not ok:
+        raise ValueError(f"{name}={value} is impossible: it must be {wanted}")
