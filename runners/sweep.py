@@ -75,7 +75,7 @@ class Sweep:
         self.common = (
             *self.overrides.task,
             f"device={definite_device(str(cfg.device))}",
-            f"threads={definite_threads(cfg.threads)}",
+            f"threads={definite_threads(cfg.threads or cfg.profile.threads)}",
             f"results.root={self.folder / 'runs'}",
             "tracker=none",
             "progress=false",
