@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +34,13 @@ class NotTestedError(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One measure's outcome: the verdict, a sentence, and the rows of numbers it rests on."""
+    """One measure's outcome: the verdict, a sentence, the rows of numbers it rests on, and what to know beside it."""
 
     measure: str
     verdict: str
     reason: str
     rows: list[dict]
+    caveat: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
         for row, p in zip(rows, statistics.holm([row["p_worse"] for row in rows]), strict=True):
             row["p_holm"] = float(p)
             row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
-        return _all_hold(measure, rows, "is not better" if better else "is worse by more than the margin")
+        verdict = _all_hold(measure, rows, "is not better" if better else "is worse by more than the margin")
+        return verdict if better else replace(verdict, caveat=_unresolved(rows))
 
     return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
 
@@ -171,6 +173,15 @@ def _all_hold(measure: str, rows: list[dict], failing: str) -> Verdict:
         return Verdict(measure, REPRODUCED, f"holds in all {len(rows)} comparisons", rows)
     names = ", ".join(f"{row['method']} {failing} on {row['task']}" for row in failed[:3])
     return Verdict(measure, NOT_REPRODUCED, f"{len(failed)} of {len(rows)} fail: {names}", rows)
+
+
+def _unresolved(rows: list[dict]) -> str:
+    """Comparisons that hold only because so few seeds cannot tell the difference from chance."""
+    worse = [row for row in rows if row["holds"] and (-1 if row["larger"] else 1) * row["difference"] > row["margin"]]
+    if not worse:
+        return ""
+    names = ", ".join(dict.fromkeys(f"{row['task']} (n = {row['n']})" for row in worse))
+    return f"the mean is worse by more than the margin on {names}, but not significantly"
 
 
 def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[Records, Claim], list[Verdict]]:

@@ -20,18 +20,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis import statistics, tables
 from analysis.claims import final_values
 from analysis.records import AXES, Records, load
-from analysis.style import KINDS, SOLID, order, style, use
+from analysis.style import canvas, legend, order, style, value_axis
 
 AXIS_LABELS = {
     "epoch": "Epoch", "train_seconds": "Training time (s)",
     "gradient_equivalents": "Gradient equivalents", "step": "Step",
 }  # fmt: skip
-PANEL, HEIGHT, LEGEND = 4.1, 3.3, 1.75  # inches
 
 
 @dataclass(frozen=True)
@@ -49,38 +47,6 @@ class Drawn:
 # ---- shared parts --------------------------------------------------------------------------------------------------
 
 
-def canvas(title: str, panels: int, rows: int = 1, height: float = HEIGHT) -> tuple[Figure, np.ndarray]:
-    """A row (or grid) of panels with the legend's place on the right, in fixed inches."""
-    use()
-    width, tall = panels * PANEL + LEGEND, rows * height + 0.35
-    figure, axes = plt.subplots(rows, panels, figsize=(width, tall), squeeze=False)
-    figure.subplots_adjust(
-        left=0.62 / width, right=1 - (LEGEND + 0.1) / width, top=1 - 0.72 / tall, bottom=0.5 / tall,
-        wspace=0.68 / (PANEL - 0.68), hspace=0.78 / (height - 0.78),
-    )  # fmt: skip
-    figure.suptitle(title, x=0.12 / width, y=1 - 0.1 / tall, ha="left", va="top", color="#222222")
-    return figure, axes
-
-
-def legend(figure: Figure, entries: list[tuple[str, str, str]], extra: list[Line2D] = ()) -> None:
-    """Methods outside the axes, grouped by kind; `entries` are (optimizer, label, kind)."""
-    handles, heads = [], []
-    kinds = [*KINDS, *sorted({kind for _, _, kind in entries} - set(KINDS))]
-    for kind in kinds:
-        group = [(optimizer, label) for optimizer, label, of in entries if of == kind]
-        if group:
-            heads.append(len(handles))
-            handles.append(Line2D([], [], linestyle="none", label=KINDS.get(kind, str(kind))))
-            handles += [Line2D([], [], label=label, **style(optimizer).plot()) for optimizer, label in group]
-    width, tall = figure.get_size_inches()
-    box = figure.legend(
-        handles=[*handles, *extra], loc="upper left", bbox_to_anchor=(1 - (LEGEND + 0.05) / width, 1 - 0.62 / tall),
-        borderaxespad=0, labelspacing=0.45,
-    )  # fmt: skip
-    for index in heads:
-        box.get_texts()[index].set_fontweight("bold")
-
-
 def metric_name(records: Records, task: str) -> str:
     runs = records.runs[records.runs.task == task]
     return "Test accuracy (%)" if runs.metric.iloc[0] == "accuracy" else "Test reconstruction error"
@@ -90,27 +56,6 @@ def scale_of(records: Records, task: str, measure: str) -> tuple[float, bool]:
     """Factor for showing a measure, and whether it is an accuracy."""
     accuracy = measure == "test_metric" and records.runs[records.runs.task == task].metric.iloc[0] == "accuracy"
     return (100.0 if accuracy else 1.0), accuracy
-
-
-def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> None:
-    """Losses on a logarithmic axis where they span more than a factor 3, cut above the first value of the runs."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if ceiling is not None and np.isfinite(ceiling) and not accuracy:
-        values = values[values <= ceiling * 1.05]
-    if not len(values):
-        return
-    low, high = values.min(), values.max()
-    if not accuracy and low > 0 and high / low > 3:
-        axis.set_yscale("log")
-        axis.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
-        wide = high / low > 1e3
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        axis.set_ylim(low - room, high + room)
 
 
 def labels_of(records: Records, task: str) -> list[tuple[str, str, str]]:
@@ -153,7 +98,7 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
     """Training loss and test metric against one axis: mean over seeds and the band of all seeds."""
     data = mean_curves(records, task)
     contended = axis == "train_seconds" and records.finals[records.finals.task == task].contended.any()
-    figure, axes = canvas(records.title(task), 2)
+    figure, axes = canvas(records.title(task), 2, note=records.surrogate(task))
     names = {"train_loss": "Training loss", "test_metric": metric_name(records, task)}
     for panel, (measure, name) in zip(axes[0], names.items(), strict=True):
         factor, accuracy = scale_of(records, task, measure)
@@ -202,7 +147,7 @@ def step_sizes(records: Records, task: str) -> Drawn | None:
             found[optimizer] = sizes.groupby(["layer", "step"], sort=False).value.median().reset_index()
     if not found:
         return None
-    figure, axes = canvas(f"{records.title(task)}: step size of each layer", len(found))
+    figure, axes = canvas(f"{records.title(task)}: step size of each layer", len(found), note=records.surrogate(task))
     colors, rates, values = plt.get_cmap("viridis"), [], []
     names = dict((optimizer, label) for optimizer, label, _ in labels_of(records, task))
     for panel, (optimizer, sizes) in zip(axes[0], found.items(), strict=True):
@@ -212,8 +157,9 @@ def step_sizes(records: Records, task: str) -> Drawn | None:
             positive = rows.value.where(rows.value > 0)
             color = colors(0.92 * i / max(len(order_of_layers) - 1, 1))
             every = max(1, len(rows) // 5)
-            panel.plot(rows.step, positive, color=color, linewidth=1.5, marker="osD^vPX"[i % 7], markersize=4,
-                       markevery=(i % every, every), markeredgecolor="white", markeredgewidth=0.5, label=layer)  # fmt: skip
+            look = {"color": color, "linewidth": 1.5, "marker": "osD^vPX"[i % 7], "markersize": 4}
+            look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "markevery": (i % every, every)}
+            panel.plot(rows.step, positive, label=layer, **look)
             values.append(positive)
         for base in ("sgdm", "adamw"):
             rate = scheduled_rate(records.config(task, base), sizes.step.max(), records, task, base)
@@ -285,7 +231,7 @@ def sensitivity(records: Records, task: str) -> Drawn | None:
     trials = trial_values(records, task)
     if not len(trials):
         return None
-    figure, axes = canvas(f"{records.title(task)}: sensitivity to the learning rate", 2)
+    figure, axes = canvas(f"{records.title(task)}: sensitivity to the learning rate", 2, note=records.surrogate(task))
     names = {"train_loss": "Final training loss", "test_metric": "Final " + metric_name(records, task).lower()}
     flat = untuned(records, task)
     span = trials.rate.min(), trials.rate.max()
@@ -339,7 +285,7 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
     trials = trial_values(records, task)
     if not len(trials):
         return None
-    figure, axes = canvas(f"{records.title(task)}: best of k trials", 2)
+    figure, axes = canvas(f"{records.title(task)}: best of k trials", 2, note=records.surrogate(task))
     names = {"train_loss": "Final training loss", "test_metric": "Final " + metric_name(records, task).lower()}
     flat, parts = untuned(records, task), []
     for panel, (measure, name) in zip(axes[0], names.items(), strict=True):
@@ -381,7 +327,7 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
 
 
 def performance_profiles(records: Records) -> Drawn | None:
-    """Share of tasks solved within τ times the best cost, by target (rows) and cost (columns); None without a target."""
+    """Share of tasks solved within τ times the best cost, by target (rows) and cost (columns)."""
     costs = tables.costs_to_target(records)
     if not len(costs):
         return None
@@ -428,56 +374,58 @@ def cost(records: Records) -> Drawn | None:
     table = table[table.memory_ratio.notna() | table.time_ratio.notna()] if len(table) else table
     if not len(table):
         return None
-    timed = table.time_ratio.where(~table.task.isin(table.task[table.contended]))
-    table = table.assign(time_ratio=timed)
+    # Times count only where nothing else ran; a task with any contended run has no ratio of times.
+    timed = ~table.task.isin(table.task[table.contended])
+    table = table.assign(time_ratio=table.time_ratio.where(timed))
     optimizers = order(table.optimizer)
-    figure, axes = canvas("Cost of a step relative to SGD-m", 2, height=0.27 * len(optimizers) + 1.25)
-    figure.subplots_adjust(left=1.35 / figure.get_size_inches()[0])
     names = table.drop_duplicates("optimizer").set_index("optimizer").method
     marks = dict(zip(table.task.unique(), "osD^vP*Xhd<>p", strict=False))
-    panels = {
-        "time_ratio": ("Time per step", 2.0, "SGD-m + one gradient"),
-        "memory_ratio": ("Peak memory", 1.25, "comparable"),
-    }
-    for panel, (column, (name, limit, words)) in zip(axes[0], panels.items(), strict=True):
-        panel.axvline(1, color="#444444", linewidth=0.8)
-        panel.axvline(limit, color="#999999", linewidth=0.8, linestyle=(0, (3, 2)))
-        panel.text(limit, 1.01, words, transform=panel.get_xaxis_transform(), ha="center", fontsize=7, color="#777777")
-        for y, optimizer in enumerate(optimizers):
-            rows = table[(table.optimizer == optimizer) & table[column].notna()]
-            for row in rows.itertuples():
-                panel.plot(getattr(row, column), y, marks.get(row.task, "o"), color=style(optimizer).color, markersize=5,
-                           markeredgecolor="white", markeredgewidth=0.5, alpha=0.9, zorder=3)  # fmt: skip
-            if len(rows):
-                middle = float(np.exp(np.log(rows[column]).mean()))
-                panel.plot([middle] * 2, [y - 0.32, y + 0.32], color=style(optimizer).color, linewidth=2, zorder=2)
-                panel.annotate(f"{middle:.2f}", (rows[column].max(), y), xytext=(7, 0), textcoords="offset points",
-                               va="center", fontsize=7.5, color="#444444")  # fmt: skip
-        if not table[column].notna().any():
-            panel.text(0.5, 0.5, "not shown: runs were made\nbeside others", ha="center", va="center",
-                       transform=panel.transAxes, color="#777777")  # fmt: skip
-        panel.set(yticks=range(len(optimizers)), ylim=(len(optimizers) - 0.5, -0.5), xlabel="times SGD-m")
+    figure, axes = canvas("Cost of a step relative to SGD-m", 2, height=0.27 * len(optimizers) + 1.25)
+    figure.subplots_adjust(left=1.35 / figure.get_size_inches()[0])
+    parts = (("time_ratio", "Time per step", 2.0, "SGD-m + one gradient"),
+             ("memory_ratio", "Peak memory", 1.25, "comparable"))  # fmt: skip
+    for panel, (column, name, limit, words) in zip(axes[0], parts, strict=True):
         panel.set_title(name, pad=14)
-        panel.set_xlim(left=0, right=max(limit, table[column].max()) * 1.18 if table[column].notna().any() else limit)
+        panel.set(yticks=range(len(optimizers)), ylim=(len(optimizers) - 0.5, -0.5), xlabel="times SGD-m")
         panel.set_yticklabels([names[o] for o in optimizers] if panel is axes[0][0] else [])
         panel.grid(axis="y", visible=False)
-    handles = [
-        Line2D([], [], linestyle="none", marker=m, color="#555555", markersize=5, label=_short(t))
-        for t, m in marks.items()
-    ]
-    legend(
-        figure, [], [*handles, Line2D([], [], color="#555555", linewidth=2, linestyle=SOLID, label="geometric mean")]
-    )
-    middle = np.exp(
-        table.assign(t=np.log(table.time_ratio), m=np.log(table.memory_ratio)).groupby("optimizer")[["t", "m"]].mean()
-    )
+        _ratios(panel, table, column, optimizers, marks, limit, words)
+    tick = Line2D([], [], color="#555555", linewidth=2, label="geometric mean")
+    points = {"linestyle": "none", "color": "#555555", "markersize": 5}
+    legend(figure, [], [*(Line2D([], [], marker=m, label=_short(t), **points) for t, m in marks.items()), tick])
     alt = "Time and peak memory per step relative to SGD-m. Geometric means over tasks: "
-    alt += "; ".join(
-        f"{names[o]} {tables.number(middle.t[o], 3)} × time, {tables.number(middle.m[o], 3)} × memory"
-        for o in optimizers
-    )
+    means = table.groupby("optimizer")[["time_ratio", "memory_ratio"]].agg(_geometric_mean).map(tables.number, digits=3)
+    alt += "; ".join(f"{names[o]} {means.time_ratio[o]} × time, {means.memory_ratio[o]} × memory" for o in optimizers)
     columns = ["task", "optimizer", "time_ratio", "memory_ratio", "seconds_per_step", "peak_memory_mb", "contended"]
     return Drawn("cost", "", "Cost of a step", alt + ".", figure, table[columns])
+
+
+def _ratios(panel, table, column: str, optimizers: list[str], marks: dict, limit: float, words: str) -> None:
+    """One method per row: a point per task, a tick and a number for the geometric mean."""
+    known = table[table[column].notna()]
+    if not len(known):
+        panel.set_xticks([])
+        panel.text(0.5, 0.5, "not shown: runs were made\nbeside others", ha="center", va="center",
+                   transform=panel.transAxes, color="#777777")  # fmt: skip
+        return
+    panel.axvline(1, color="#444444", linewidth=0.8)
+    panel.axvline(limit, color="#999999", linewidth=0.8, linestyle=(0, (3, 2)))
+    panel.text(limit, 1.01, words, transform=panel.get_xaxis_transform(), ha="center", fontsize=7, color="#777777")
+    panel.set_xlim(0, max(limit, known[column].max()) * 1.22)
+    point = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 3}
+    for y, optimizer in enumerate(optimizers):
+        rows, color = known[known.optimizer == optimizer], style(optimizer).color
+        for row in rows.itertuples():
+            panel.plot(getattr(row, column), y, marks.get(row.task, "o"), color=color, **point)
+        if len(rows):
+            middle = _geometric_mean(rows[column])
+            panel.plot([middle] * 2, [y - 0.32, y + 0.32], color=color, linewidth=2, zorder=2)
+            panel.text(0.99, y, f"{middle:.2f}", transform=panel.get_yaxis_transform(), ha="right", va="center",
+                       fontsize=7.5, color="#444444")  # fmt: skip
+
+
+def _geometric_mean(values: pd.Series) -> float:
+    return float(np.exp(np.log(values).mean()))
 
 
 def _short(task: str) -> str:
@@ -488,7 +436,7 @@ def _short(task: str) -> str:
 
 
 def jobs(records: Records) -> dict[str, tuple[Callable, tuple]]:
-    """Every figure that the records may show, by its stable name, in the report's order: a function and its arguments."""
+    """Every figure that the records may show, in the report's order: its stable name, function and arguments."""
     tasks = [task for task in records.tasks if (records.finals.task == task).any()]
     found = {"performance_profiles": (performance_profiles, ()), "cost": (cost, ())} if tasks else {}
     for task in tasks:

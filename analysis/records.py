@@ -99,10 +99,14 @@ class Records:
         rows = self.finals[(self.finals.task == task) & (self.finals.optimizer == optimizer)]
         return rows.config.iloc[0] if len(rows) else {}
 
+    def surrogate(self, task: str) -> str:
+        """What stands in for the task's original data set ("" where it is the original)."""
+        surrogates = self.runs[self.runs.task == task].surrogate.dropna().unique()
+        return f"Surrogate data: {surrogates[0]}" if len(surrogates) else ""
+
     def title(self, task: str) -> str:
-        """The task's name, with the surrogate named where the data set is not the original."""
-        surrogates = self.runs[(self.runs.task == task)].surrogate.dropna().unique()
-        return f"{task} (surrogate data: {surrogates[0]})" if len(surrogates) else task
+        """The task's name in titles; one on surrogate data says so."""
+        return f"{task} (surrogate data)" if self.surrogate(task) else task
 
     def layers(self, run: str) -> pd.DataFrame:
         """Per-layer diagnostics of one run: `step, epoch, layer, quantity, value` (empty if it has none)."""

@@ -25,8 +25,8 @@ FAMILIES = {"autoencoder": "Autoencoders", "cnn": "Convolutional networks", "gcn
 POINTS = 150  # of each interactive curve: finer than a screen shows
 # Columns of a claim's numbers: key, heading, digits.
 NUMBERS = (
-    ("task", "Task", 0), ("method", "Method", 0), ("rival", "Against", 0), ("n", "n", 0), ("difference", "Difference", 3),
-    ("interval", "95 % interval", 3), ("margin", "Margin", 3), ("p_worse", "p (worse)", 2), ("p_holm", "p (Holm)", 2),
+    ("task", "Task", 0), ("method", "Method", 0), ("rival", "Against", 0), ("n", "n", 0),
+    ("difference", "Difference", 3), ("interval", "95 % interval", 3), ("margin", "Margin", 3), ("p_worse", "p (worse)", 2), ("p_holm", "p (Holm)", 2),
     ("p_better", "p (better)", 2), ("ratio", "Ratio", 3), ("memory_ratio", "Memory ratio", 3), ("limit", "Limit", 3),
     ("last_over_peak", "Last / peak", 2), ("correlation", "Correlation", 2), ("field", "Field", 0), ("from", "From", 2),
     ("to", "To", 2), ("holds", "Holds", 0),
@@ -119,10 +119,17 @@ def overview(records: Records) -> dict:
         "finals": len(finals),
         "trials": int(runs.holdout.sum()),
         "diverged": int((finals.status == "diverged").sum()),
-        "hours": float(runs.train_seconds.sum() / 3600),
+        "training": _duration(float(runs.train_seconds.sum())),
         "contended": int(finals.contended.sum()),
         "surrogates": sorted(runs.surrogate.dropna().unique()),
     }
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{tables.number(seconds / size, 2)} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _range(values: pd.Series) -> str:
@@ -184,7 +191,7 @@ def families(records: Records, results: pd.DataFrame, drawn: list[figures.Drawn]
             mine = [figure for figure in drawn if figure.task == task]
             rows = results[results.task == task]
             tasks.append({
-                "name": task, "title": records.title(task), "accuracy": rows.metric.iloc[0] == "accuracy",
+                "name": task, "note": records.surrogate(task), "accuracy": rows.metric.iloc[0] == "accuracy",
                 "curves": [f for f in mine if f.name.startswith("curves_")], "axes": figures.AXIS_LABELS,
                 "others": [f for f in mine if not f.name.startswith("curves_")],
                 "rows": _shown_results(rows, costs), "plot": plot_data(records, task),

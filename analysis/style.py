@@ -1,4 +1,4 @@
-"""How a method looks, everywhere: one colour, line and marker each, in figures and in the page alike.
+"""How figures look, and how a method does everywhere: one colour, line and marker, in figures and page alike.
 
 The colours are Okabe and Ito's, safe for colour-blind readers; line and marker tell methods apart in black and white.
 A layer-wise adaptive method has a strong colour and a thick solid line, its tuned base the same colour, thinner and
@@ -11,6 +11,11 @@ import zlib
 from dataclasses import dataclass
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 OLIVE, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#667022", "#e69f00", "#56b4e9", "#009e73", "#b5a800", "#0072b2", "#d55e00", "#cc79a7",
@@ -101,3 +106,60 @@ def use() -> None:
     mpl.rcdefaults()
     mpl.use("Agg")
     mpl.rcParams.update(RC)
+
+
+PANEL, HEIGHT, LEGEND = 4.1, 3.3, 1.75  # inches
+
+
+def canvas(title: str, panels: int, rows: int = 1, height: float = HEIGHT, note: str = "") -> tuple[Figure, np.ndarray]:
+    """A grid of panels with the legend's place on the right, in fixed inches; `note` stands below the title."""
+    use()
+    width, tall = panels * PANEL + LEGEND, rows * height + 0.35
+    figure, axes = plt.subplots(rows, panels, figsize=(width, tall), squeeze=False)
+    figure.subplots_adjust(
+        left=0.62 / width, right=1 - (LEGEND + 0.1) / width, top=1 - 0.72 / tall, bottom=0.5 / tall,
+        wspace=0.68 / (PANEL - 0.68), hspace=0.78 / (height - 0.78),
+    )  # fmt: skip
+    figure.suptitle(title, x=0.12 / width, y=1 - 0.1 / tall, ha="left", va="top", color="#222222")
+    figure.text(0.12 / width, 1 - 0.31 / tall, note, ha="left", va="top", color="#777777", fontsize=7.5)
+    return figure, axes
+
+
+def legend(figure: Figure, entries: list[tuple[str, str, str]], extra: list[Line2D] = ()) -> None:
+    """Methods outside the axes, grouped by kind; `entries` are (optimizer, label, kind)."""
+    handles, heads = [], []
+    kinds = [*KINDS, *sorted({kind for _, _, kind in entries} - set(KINDS))]
+    for kind in kinds:
+        group = [(optimizer, label) for optimizer, label, of in entries if of == kind]
+        if group:
+            heads.append(len(handles))
+            handles.append(Line2D([], [], linestyle="none", label=KINDS.get(kind, str(kind))))
+            handles += [Line2D([], [], label=label, **style(optimizer).plot()) for optimizer, label in group]
+    width, tall = figure.get_size_inches()
+    box = figure.legend(
+        handles=[*handles, *extra], loc="upper left", bbox_to_anchor=(1 - (LEGEND + 0.05) / width, 1 - 0.62 / tall),
+        borderaxespad=0, labelspacing=0.45,
+    )  # fmt: skip
+    for index in heads:
+        box.get_texts()[index].set_fontweight("bold")
+
+
+def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> None:
+    """Losses on a logarithmic axis where they span more than a factor 3, cut above the first value of the runs."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if ceiling is not None and np.isfinite(ceiling) and not accuracy:
+        values = values[values <= ceiling * 1.05]
+    if not len(values):
+        return
+    low, high = values.min(), values.max()
+    if not accuracy and low > 0 and high / low > 3:
+        axis.set_yscale("log")
+        axis.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+        wide = high / low > 1e3
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        axis.set_ylim(low - room, high + room)

@@ -24,7 +24,7 @@ function ticks(low, high, count, log) {
     if (found.length > 1) return found;
   }
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
+  const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= rough) * power;
   const found = [];
   for (let i = Math.ceil(low / step); i * step <= high * (1 + 1e-9); i++) found.push(i * step);
   return found;
