@@ -1,0 +1,116 @@
+r"""KFAC: Kronecker-factored approximate curvature, as this group of papers runs it.
+
+After Martens and Grosse (arXiv:1503.05671; convolutions: Grosse and Martens, arXiv:1602.01407). What is written here
+about averaging, damping and momentum was read in the public code of TNT (Ren, Goldfarb, NeurIPS 2021), where KFAC is
+the rival; rows, graph convolutions and repeated layers are derived here.
+
+A layer that is linear in its parameters at every *row* ``r`` (an example; a position in one; a node of a graph), ``z_r
+= [W|b] ā_r``, ``ā = [a; 1]``, has the Fisher block ``F = (1/m) E[(Σ_r δ_r ⊗ ā_r)(Σ_r δ_r ⊗ ā_r)ᵀ]``, with ``δ_r = ∂(Σ_i
+loss_i)/∂z_r`` at labels drawn from the model. Dropping the products of different rows and taking ``δ`` and ``ā`` for
+independent,
+
+    F ≈ G ⊗ A,      A = (1/m) Σ_r ā_r ā_rᵀ,      G = (1/R) Σ_r δ_r δ_rᵀ      (m examples, R rows),
+
+    M ← β M + g,      [W|b] ← [W|b] − α ((G + √λ I)⁻¹ M (A + √λ I)⁻¹ + w [W|b]).
+
+For a fully connected layer ``R = m``. For a convolution a row is an output position, ``a`` the patch under the kernel,
+so ``A`` is summed over positions and ``G`` averaged over positions and examples. There is no factor ``π`` that balances
+the two dampings. A layer that is called several times has the rows of all its calls.
+
+**Graph convolution** (derived). ``z = Â x Wᵀ + b = (Âx) Wᵀ + b`` is a fully connected layer on the propagated input
+``a = Âx``, with nodes for rows. Independently drawn labels have uncorrelated scores, so the one ``δ`` that all labels
+propagate together has the right second moment. Rows that no label reaches (``δ_r = 0``) count in neither factor; with
+that, ``G ⊗ A`` is exact for a last layer whose output curvature is the same at all labelled nodes.
+
+BatchNorm and every layer that is not fully connected (``nn.Linear``), a plain two-dimensional convolution with one
+group, or a ``GCNConv`` takes the plain gradient.
+
+``lr`` ``α``, ``damping`` ``λ``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
+``optimizers.kronecker``, whose text also says how the first pass over the data is replaced.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optimizers.kronecker import Block, Kronecker, Statistics, homogeneous_block, tensor_block
+from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer
+from optimizers.objective import Minibatch
+
+
+class KFAC(Kronecker):
+    """Natural gradient with one Kronecker product per layer; arguments as ``optimizers.kronecker.Kronecker``.
+
+    Raises:
+        NotImplementedError: at the first step, for a ``GCNConv`` that normalises its graph itself.
+    """
+
+    def _blocks_of(self, layer: Layer) -> list[Block]:
+        if _is_factored(layer):
+            return [homogeneous_block(layer)]
+        return [tensor_block(layer, p) for p in layer.parameters]
+
+    def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
+        trace = minibatch.trace()
+        loss = minibatch.fill_gradients(trace, retain_graph=True)
+        sums: dict[Layer, list[Tensor]] = {}
+
+        def visit(call: Call, delta: Tensor) -> None:
+            if not _is_factored(call.layer):
+                return
+            a, delta = _rows(call, delta)
+            count = delta.new_tensor(len(delta))
+            if minibatch.mixing:
+                reached = (delta != 0).any(1, keepdim=True)
+                a, count = a * reached, reached.sum().to(delta.dtype)
+            new = [delta.T @ delta, a.T @ a, count]
+            sums[call.layer] = new if call.layer not in sums else torch._foreach_add(sums[call.layer], new)
+
+        trace.backward(minibatch.sampled_residual(trace.outputs), visit)
+        statistics = {}
+        for block in self._blocks:
+            if block.layer in sums:
+                g, a, count = sums[block.layer]
+                statistics[block] = [g / count.clamp_min(1), a / minibatch.size]
+        return loss, statistics
+
+    def _damped(self, block: Block, factors: list[Tensor]) -> list[tuple[Tensor, float]]:
+        damping = self._group_of[block.parameters[0]]["damping"] ** 0.5
+        return [(factor, damping) for factor in factors]
+
+
+def _is_factored(layer: Layer) -> bool:
+    module = layer.module
+    if isinstance(layer, LinearGraphLayer):
+        return type(module).__name__ == "GCNConv" and _check_normalised(layer)
+    if isinstance(layer, ConvolutionLayer):
+        return isinstance(module, nn.Conv2d) and module.groups == 1
+    return isinstance(layer, LinearLayer)
+
+
+def _check_normalised(layer: Layer) -> bool:
+    if layer.module.normalize:
+        raise NotImplementedError(
+            f"KFAC needs the propagated input of layer '{layer.name}', which GCNConv(normalize=True) hides: use "
+            "normalize=False with a normalised adjacency, or an optimizer of gradients (Shampoo, TNT, MBF)"
+        )
+    return True
+
+
+def _rows(call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """``ā`` ``(R, in + 1)`` and ``δ`` ``(R, out)`` of one call."""
+    module, a = call.layer.module, call.inputs[0]
+    if isinstance(call.layer, ConvolutionLayer):
+        a = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride).mT.flatten(0, 1)
+        delta = delta.flatten(2).mT.flatten(0, 1)
+    elif isinstance(call.layer, LinearGraphLayer):
+        weights = call.inputs[2] if len(call.inputs) > 2 else None
+        a = module.propagate(call.inputs[1], x=a, edge_weight=weights)
+    else:
+        a, delta = a.flatten(0, -2), delta.flatten(0, -2)
+    ones = a.new_ones(len(a), 1)
+    parts = [a] if any(p.dim() > 1 for p in call.layer.parameters) else []
+    parts += [ones] if any(p.dim() == 1 for p in call.layer.parameters) else []
+    return torch.cat(parts, 1), delta
