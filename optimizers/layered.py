@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,21 @@ def check(ok: bool, name: str, value, wanted: str) -> None:
     """Refuse an argument that is out of its range."""
     if not ok:
         raise ValueError(f"{name}={value} is impossible: it must be {wanted}")
+
+
+class RandomState:
+    """The state of torch's global generators, so that a second forward pass draws the first one's dropout masks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextmanager
+    def replayed(self):
+        """Within: the state as it was. After: as before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
