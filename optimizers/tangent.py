@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -31,6 +32,7 @@ from torch.func import functional_call
 
 from optimizers.layered import RandomState, dot
 from optimizers.layers import (
+    ACTIVATION_BACKWARD,
     FORWARD,
     TANGENT,
     WEIGHT_GRADIENT,
@@ -69,22 +71,19 @@ class Curvature:
         model, layers = minibatch.objective.model, minibatch.objective.layers
         self._random_state = RandomState(layers[0].parameters[0].device)
         trace = Trace(model, [*layers, *_activations(model, layers)], minibatch.inputs, minibatch.count)
-        self.loss = minibatch.loss(trace.outputs).detach()
         self._calls, self._outputs = trace.calls, trace.outputs.detach()
         self._adjoints: dict[Call, Tensor] = {}
-        gradients = {p: torch.zeros_like(p) for layer in layers for p in layer.parameters}
-
-        def visit(call: Call, delta: Tensor) -> None:
-            self._adjoints[call] = delta
-            if call.layer.parameters:
-                for p, g in zip(call.layer.parameters, call.gradient(delta), strict=True):
-                    gradients[p] += g
+        for call in trace.calls:
+            call.output.register_hook(partial(self._adjoints.__setitem__, call))
             call.inputs, call.output = (), (None if recompute else call.output.detach())
-
-        trace.backward(minibatch.residual(trace.outputs) / minibatch.size, visit)
-        minibatch.count(WEIGHT_GRADIENT)
-        for p, g in gradients.items():
+        parameters = [p for layer in layers for p in layer.parameters]
+        with torch.enable_grad():
+            loss = minibatch.loss(trace.outputs)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        minibatch.count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
+        for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
+        self.loss = loss.detach()
 
     @torch.no_grad()
     def __call__(self, direction: dict[Tensor, Tensor]) -> Tensor:
@@ -154,13 +153,17 @@ def _bilinear(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor]
     # ε makes εu as long as θ: exact for any ε, but for rounding
     ratio = torch.stack(torch._foreach_norm(theta)).norm() / torch.stack(torch._foreach_norm(u)).norm()
     epsilon = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
-    x, shift, turn = inputs[0], epsilon * tangent, [epsilon * d for d in u]
-    plus = _apply(layer, (x + shift, *inputs[1:]), torch._foreach_add(theta, turn))
-    minus = _apply(layer, (x - shift, *inputs[1:]), torch._foreach_sub(theta, turn))
-    dot_z = (plus - minus) / (2 * epsilon)
+    x, opposite = inputs[0], -epsilon
+    plus = _apply(layer, (torch.addcmul(x, tangent, epsilon), *inputs[1:]), _moved(theta, u, epsilon))
+    minus = _apply(layer, (torch.addcmul(x, tangent, opposite), *inputs[1:]), _moved(theta, u, opposite))
+    dot_z = (plus - minus).mul_(0.5 / epsilon)
     if adjoint is None:  # the loss does not depend on this call
         return z, dot_z, None
-    return z, dot_z, dot([adjoint], [(plus + minus).sub_(z, alpha=2)]) / epsilon**2
+    return z, dot_z, dot([adjoint], [plus.add_(minus).sub_(z, alpha=2)]) / epsilon**2
+
+
+def _moved(theta: list[Tensor], u: list[Tensor], t: Tensor) -> list[Tensor]:
+    return [torch.addcmul(p, d, t) for p, d in zip(theta, u, strict=True)]
 
 
 def _batch_norm(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor], adjoint: Tensor | None):
@@ -195,7 +198,7 @@ def _general(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor],
         return z, dot_z, None
     with torch.enable_grad():
         t = x.new_zeros((), requires_grad=True)
-        moved = _apply(call.layer, (x + t * tangent, *inputs[1:]), [p + t * d for p, d in zip(theta, u, strict=True)])
+        moved = _apply(call.layer, (x + t * tangent, *inputs[1:]), _moved(theta, u, t))
         slope = torch.autograd.grad(moved, t, adjoint, create_graph=True)[0]
         second = torch.autograd.grad(slope, t)[0] if slope.requires_grad else None
     return z, dot_z, second
