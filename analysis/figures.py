@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from analysis import statistics, tables
 from analysis.claims import final_values
 from analysis.records import AXES, Records, load
-from analysis.style import canvas, legend, order, style, value_axis
+from analysis.style import canvas, heading, legend, method_handles, order, style, value_axis
 
 AXIS_LABELS = {
     "epoch": "Epoch", "train_seconds": "Training time (s)",
@@ -117,7 +117,7 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
             panel, np.concatenate([*shown.values()]), accuracy, data[measure][data.evaluation == 0].max() * factor
         )
         panel.set_xlim(left=0)
-    legend(figure, labels_of(records, task))
+    legend(figure, method_handles(labels_of(records, task)))
     alt = f"Training loss and {names['test_metric'].lower()} against {AXIS_LABELS[axis].lower()} on {task}, "
     alt += f"mean and range over seeds. {_best_words(records, task)}"
     return Drawn(f"curves_{axis}_{task}", task, f"{records.title(task)}: curves", alt, figure, data)
@@ -148,7 +148,7 @@ def step_sizes(records: Records, task: str) -> Drawn | None:
     if not found:
         return None
     figure, axes = canvas(f"{records.title(task)}: step size of each layer", len(found), note=records.surrogate(task))
-    colors, rates, values = plt.get_cmap("viridis"), [], []
+    colors, rates = plt.get_cmap("viridis"), {}
     names = dict((optimizer, label) for optimizer, label, _ in labels_of(records, task))
     for panel, (optimizer, sizes) in zip(axes[0], found.items(), strict=True):
         order_of_layers = list(dict.fromkeys(sizes.layer))
@@ -159,26 +159,22 @@ def step_sizes(records: Records, task: str) -> Drawn | None:
             every = max(1, len(rows) // 5)
             look = {"color": color, "linewidth": 1.5, "marker": "osD^vPX"[i % 7], "markersize": 4}
             look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "markevery": (i % every, every)}
-            panel.plot(rows.step, positive, label=layer, **look)
-            values.append(positive)
+            panel.plot(rows.step, positive, label=layer if len(layer) < 22 else f"…{layer[-20:]}", **look)
         for base in ("sgdm", "adamw"):
             rate = scheduled_rate(records.config(task, base), sizes.step.max(), records, task, base)
             if rate is not None:
                 look = style(base).plot() | {"marker": ""}
-                rates.append((base, rate))
-                panel.plot(rate.index, rate, **look)
+                rates[base] = panel.plot(rate.index, rate, **look)
         panel.set(title=names[optimizer], xlabel="Step", ylabel="Step size", yscale="log")
         panel.set_xlim(left=0)
     handles = axes[0][0].get_legend_handles_labels()[0]
     if len(handles) > 12:  # a deep net: a few of its layers stand for the scale
         handles = [handles[i] for i in np.linspace(0, len(handles) - 1, 8).round().astype(int)]
-    tuned = [Line2D([], [], linestyle="none", label=""), Line2D([], [], linestyle="none", label="Tuned schedule")]
-    bases = list(dict(rates))
-    tuned += [Line2D([], [], label=names[b], **(style(b).plot() | {"marker": ""})) for b in bases]
-    head = Line2D([], [], linestyle="none", label="Layer, first to last")
-    legend(figure, [], [head, *handles, *(tuned if rates else [])])
-    for text in figure.legends[0].get_texts():
-        text.set_fontweight("bold" if text.get_text() in ("Layer, first to last", "Tuned schedule") else "normal")
+    handles = [heading("Layer, first to last"), *handles]
+    if rates:
+        lines = [Line2D([], [], label=names[b], **(style(b).plot() | {"marker": ""})) for b in rates]
+        handles += [heading(""), heading("Tuned schedule"), *lines]
+    legend(figure, handles)
     data = pd.concat([sizes.assign(optimizer=name) for name, sizes in found.items()], ignore_index=True)
     last = data[data.step == data.groupby("optimizer").step.transform("max")]
     ranges = last.groupby("optimizer").value.agg(["min", "max"])
@@ -261,7 +257,7 @@ def sensitivity(records: Records, task: str) -> Drawn | None:
         Line2D([], [], linestyle="none", marker="x", color="#444", label="diverged"),
     ]
     drawn = set(trials.optimizer) | set(flat)
-    legend(figure, [entry for entry in labels_of(records, task) if entry[0] in drawn], extra)
+    legend(figure, method_handles([entry for entry in labels_of(records, task) if entry[0] in drawn]) + extra)
     widths = {o: _width(rows) for o, rows in trials.groupby("optimizer")}
     labels = dict((o, label) for o, label, _ in labels_of(records, task))
     alt = f"Final value against the learning rate of each trial on {task}; methods without trials are flat lines. "
@@ -317,7 +313,7 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
         panel.set(title=name, xlabel="Trials k", xlim=(-0.15, here.k.max() + 0.15))
         panel.xaxis.get_major_locator().set_params(integer=True)
     drawn = set(trials.optimizer) | set(flat)
-    legend(figure, [entry for entry in labels_of(records, task) if entry[0] in drawn])
+    legend(figure, method_handles([entry for entry in labels_of(records, task) if entry[0] in drawn]))
     alt = f"Median final value that k tuning trials give on {task}, with quartiles; methods without trials start at 0. "
     alt += "Trial runs train on what tuning leaves of the training set, the methods without trials on all of it."
     return Drawn(f"best_of_k_{task}", task, f"{records.title(task)}: best of k trials", alt, figure, data)
@@ -360,7 +356,7 @@ def performance_profiles(records: Records) -> Drawn | None:
     data = pd.DataFrame(parts)
     entries = {entry[0]: (*entry[:2], entry[2]) for task in records.tasks for entry in labels_of(records, task)}
     names = {o: records.finals[records.finals.optimizer == o].label.iloc[0] for o in drawn}
-    legend(figure, [(o, names[o], entries[o][2]) for o in order(drawn)])
+    legend(figure, method_handles([(o, names[o], entries[o][2]) for o in order(drawn)]))
     best = data[data.cost == "gradient_equivalents"].sort_values("area", ascending=False) if len(data) else data
     words = ", ".join(f"{names[r.optimizer]} {r.area:.2f}" for r in best[best.measure == "train_loss"].itertuples())
     alt = "Performance profiles: share of tasks on which each method reaches the target within τ times the best cost. "
@@ -392,7 +388,7 @@ def cost(records: Records) -> Drawn | None:
         _ratios(panel, table, column, optimizers, marks, limit, words)
     tick = Line2D([], [], color="#555555", linewidth=2, label="geometric mean")
     points = {"linestyle": "none", "color": "#555555", "markersize": 5}
-    legend(figure, [], [*(Line2D([], [], marker=m, label=_short(t), **points) for t, m in marks.items()), tick])
+    legend(figure, [*(Line2D([], [], marker=m, label=_short(t), **points) for t, m in marks.items()), tick])
     alt = "Time and peak memory per step relative to SGD-m. Geometric means over tasks: "
     means = table.groupby("optimizer")[["time_ratio", "memory_ratio"]].agg(_geometric_mean).map(tables.number, digits=3)
     alt += "; ".join(f"{names[o]} {means.time_ratio[o]} × time, {means.memory_ratio[o]} × memory" for o in optimizers)

@@ -228,7 +228,7 @@ def _runs_table(rows: list[dict]) -> pd.DataFrame:
     runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     runs["seed"] = pd.to_numeric(runs.seed, errors="coerce").fillna(-1).astype(int)
     for column in ("holdout", "contended"):
-        runs[column] = [bool(value) for value in runs[column]]
+        runs[column] = np.array([bool(value) for value in runs[column]], dtype=bool)
     runs["label"] = runs.label.fillna(runs.optimizer)
     return runs
 

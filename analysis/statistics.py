@@ -145,7 +145,7 @@ def cost_ratios(costs: np.ndarray) -> np.ndarray:
     """Costs (tasks × methods) over the best of each task; a task that none solved is a miss for all."""
     costs = np.asarray(costs, float)
     best = costs.min(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         ratios = np.where(best > 0, costs / best, np.where(costs == 0, 1.0, np.inf))
     return np.where(np.isfinite(costs), ratios, np.inf)
 

@@ -94,7 +94,7 @@ RC = {
     "axes.axisbelow": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "xtick.color": "#999999",
     "ytick.color": "#999999", "xtick.labelcolor": "#444444", "ytick.labelcolor": "#444444", "xtick.labelsize": 8,
     "ytick.labelsize": 8, "legend.frameon": False, "legend.fontsize": 8, "legend.handlelength": 3.2,
-    "figure.dpi": 100, "savefig.dpi": 160, "figure.titlesize": 11, "figure.titleweight": "bold",
+    "figure.dpi": 100, "savefig.dpi": 160, "figure.titlesize": 12, "figure.titleweight": "regular",
     "pdf.fonttype": 42, "lines.solid_capstyle": "round", "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": True,
 }  # fmt: skip
@@ -125,23 +125,29 @@ def canvas(title: str, panels: int, rows: int = 1, height: float = HEIGHT, note:
     return figure, axes
 
 
-def legend(figure: Figure, entries: list[tuple[str, str, str]], extra: list[Line2D] = ()) -> None:
-    """Methods outside the axes, grouped by kind; `entries` are (optimizer, label, kind)."""
-    handles, heads = [], []
-    kinds = [*KINDS, *sorted({kind for _, _, kind in entries} - set(KINDS))]
-    for kind in kinds:
+def heading(text: str) -> Line2D:
+    """A legend entry that heads those below it."""
+    return Line2D([], [], linestyle="none", label=text, gid="heading")
+
+
+def method_handles(entries: list[tuple[str, str, str]]) -> list[Line2D]:
+    """Legend entries of methods, grouped by kind; `entries` are (optimizer, label, kind)."""
+    handles = []
+    for kind in [*KINDS, *sorted({kind for _, _, kind in entries} - set(KINDS))]:
         group = [(optimizer, label) for optimizer, label, of in entries if of == kind]
-        if group:
-            heads.append(len(handles))
-            handles.append(Line2D([], [], linestyle="none", label=KINDS.get(kind, str(kind))))
-            handles += [Line2D([], [], label=label, **style(optimizer).plot()) for optimizer, label in group]
+        handles += [heading(KINDS.get(kind, kind))] if group else []
+        handles += [Line2D([], [], label=label, **style(optimizer).plot()) for optimizer, label in group]
+    return handles
+
+
+def legend(figure: Figure, handles: list[Line2D]) -> None:
+    """The legend outside the axes, on the right."""
     width, tall = figure.get_size_inches()
-    box = figure.legend(
-        handles=[*handles, *extra], loc="upper left", bbox_to_anchor=(1 - (LEGEND + 0.05) / width, 1 - 0.62 / tall),
-        borderaxespad=0, labelspacing=0.45,
-    )  # fmt: skip
-    for index in heads:
-        box.get_texts()[index].set_fontweight("bold")
+    place = (1 - (LEGEND + 0.05) / width, 1 - 0.62 / tall)
+    box = figure.legend(handles=handles, loc="upper left", bbox_to_anchor=place, borderaxespad=0, labelspacing=0.45)
+    for handle, text in zip(handles, box.get_texts(), strict=True):
+        if handle.get_gid() == "heading":
+            text.set_color("#8a8a8a")
 
 
 def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> None:

@@ -81,7 +81,7 @@ def write_run(
         "task": {"name": task, "family": family, "batch_size": 64, "weight_decay": 0.0, "target": None},
         "optimizer": optimizer_config, "profile": profile or {"name": "test", "tasks": sorted(TASKS), "seeds": 3},
     }  # fmt: skip
-    text = yaml.safe_dump(config, sort_keys=False)
+    text = yaml.dump(config, sort_keys=False, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
     name = f"{task}/{optimizer}/{zlib.crc32((text + json.dumps(provenance)).encode()):012x}"
     folder = root / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)

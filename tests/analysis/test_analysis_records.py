@@ -1,0 +1,141 @@
+"""Loading records: tidy, fast, tolerant, and aware of what cannot be compared."""
+
+import filecmp
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+from make_records import HERE, METHODS, Planted, write_committed, write_records, write_run
+
+from analysis.records import AXES, VALUES, load
+
+TASK = "autoencoder_curves_small"
+
+
+def folder_of(root, run):
+    return root / "runs" / run
+
+
+def test_committed_records_are_what_the_script_writes(tmp_path):
+    write_committed(tmp_path)
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    _, different, missing = filecmp.cmpfiles(tmp_path, HERE / "records", names, shallow=False)
+    assert not different and not missing
+    assert len(names) == sum(path.is_file() for path in (HERE / "records").rglob("*"))
+
+
+def test_tables_are_tidy(records):
+    assert len(records.finals) == 3 * 4 * 3
+    assert len(records.runs) == 36 + 3 * 2 * 4  # two tuned methods, four trials each
+    assert list(records.curves.columns) == ["run", *AXES, *VALUES]
+    run = records.finals.iloc[0]
+    curve = records.curves_by_run[run.run]
+    assert len(curve) == 12 and curve.step.iloc[0] == 0
+    assert curve.train_loss.iloc[-1] == run.final_train_loss
+    assert curve.val_loss.isna().all()  # empty cells
+    assert not records.warnings and not len(records.skipped)
+    assert records.tasks == [TASK, "cnn_digits", "gcn_sbm"] and records.seeds(TASK) == 3
+
+
+def test_thousand_runs_are_read_in_time(tmp_path):
+    methods = {f"method_{i}": Planted() for i in range(4)}
+    write_records(tmp_path, tasks=[f"task_{i}" for i in range(10)], methods=methods, seeds=5, rows=200, trials=0)
+    start = time.perf_counter()
+    records = load(tmp_path)
+    seconds = time.perf_counter() - start
+    assert records.curves.shape[0] == 200 * 200
+    assert seconds < 5  # the bound for 1,000 runs of 200 rows; a fifth of them leaves room for a busy machine
+
+
+def test_broken_folders_are_listed_and_the_rest_is_read(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=2, trials=0)
+    base = tmp_path / "runs" / TASK / "sgdm"
+    intact, other = sorted(base.iterdir())
+    (base / "half").mkdir()
+    (base / "half" / "config.yaml").write_text("seed: 0\n")
+    (base / "foreign").mkdir()
+    (base / "notes.txt").write_text("a file is no folder")
+    for name, change in (("newer", {"record_version": 2}), ("keyless", {"seed": None})):
+        shutil.copytree(intact, base / name)
+        summary = json.loads((intact / "summary.json").read_text()) | change
+        if change == {"seed": None}:
+            del summary["seed"]
+        (base / name / "summary.json").write_text(json.dumps(summary))
+    shutil.copytree(intact, base / "empty")
+    (base / "empty" / "metrics.csv").write_text("")
+    (other / "summary.json").write_text('{"record_version": 1, "sta')
+    (tmp_path / "tuning" / TASK).mkdir(parents=True)
+    (tmp_path / "tuning" / TASK / "sgdm.json").write_text("{}")
+    records = load(tmp_path)
+    reasons = {row.folder.split("/")[-1]: row.reason for row in records.skipped.itertuples()}
+    assert reasons.pop(other.name) == "summary.json is not JSON"
+    assert reasons == {
+        "half": "unfinished: no summary.json",
+        "foreign": "not a record: no summary.json",
+        "newer": "record version 2; this analysis reads version 1",
+        "keyless": "summary.json lacks seed",
+        "empty": "metrics.csv is missing or unreadable",
+        "sgdm.json": "not a search: KeyError 'task'",
+    }
+    assert len(records.finals) == 7
+
+
+def test_runs_without_result_are_kept_apart(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=1, trials=0)
+    for seed, status in ((1, "interrupted"), (2, "failed")):
+        write_run(tmp_path, TASK, "sgdm", seed, METHODS["sgdm"], status=status)
+    write_run(tmp_path, TASK, "sgdm", 3, Planted(diverges=True))
+    records = load(tmp_path)
+    assert sorted(records.finals[records.finals.optimizer == "sgdm"].status) == ["diverged", "finished"]
+    assert sorted(records.runs.status.unique()) == ["diverged", "failed", "finished", "interrupted"]
+
+
+def test_differences_that_forbid_comparison_are_told(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=2, trials=0)
+    provenance = {
+        "commit": "1" * 40, "dirty": True, "versions": {"python": "3.11.7", "torch": "2.11.0"},
+        "device": "another", "driver": None, "threads": 8, "created": "2001-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    write_run(tmp_path, TASK, "adam", 0, METHODS["sgdm"], provenance=provenance)
+    text = "\n".join(load(tmp_path).warnings)
+    for part in ("device: another (adam); synthetic (", "threads", "commit", "torch: 2.11.0, 2.13.0", "uncommitted"):
+        assert part in text
+
+
+def test_settings_that_the_search_no_longer_selects_are_set_aside(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=2)
+    profile = {"name": "test", "tasks": [TASK], "seeds": 2}
+    for seed in range(5):  # more seeds, newer, but not what the search chose
+        write_run(tmp_path, TASK, "sgdm", seed, METHODS["sgdm"], values={"lr": 0.5}, profile=profile)
+    records = load(tmp_path)
+    kept = records.finals[records.finals.optimizer == "sgdm"]
+    assert len(kept) == 2 and {config["optimizer"]["lr"] for config in kept.config} == {0.1}
+    assert records.warnings == [f"{TASK}: 5 runs of sgdm with other settings are set aside"]
+
+
+def test_a_plain_results_folder_without_profile_is_read(tmp_path, planted):
+    shutil.copytree(planted / "runs", tmp_path / "results")
+    assert len(load(tmp_path / "results").finals) == 36
+
+
+def test_missing_and_empty_roots(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no results folder"):
+        load(tmp_path / "nowhere")
+    records = load(tmp_path)
+    assert not len(records.runs) and records.tasks == [] and records.seeds("any") == 0
+
+
+def test_layers_and_surrogates(records):
+    run = records.finals[records.finals.optimizer == "lw_sgdm"].run.iloc[0]
+    layers = records.layers(run)
+    assert set(layers.quantity) == {"step_size", "curvature"} and np.isfinite(layers.value).all()
+    assert not len(records.layers(records.finals[records.finals.optimizer == "sgdm"].run.iloc[0]))
+    assert records.title(TASK) == TASK
+    records.runs.loc[records.runs.task == TASK, "surrogate"] = "drawn here"
+    try:
+        assert records.title(TASK) == f"{TASK} (surrogate data)"
+        assert records.surrogate(TASK) == "Surrogate data: drawn here"
+    finally:
+        records.runs["surrogate"] = None
