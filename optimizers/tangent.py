@@ -172,16 +172,18 @@ def _batch_norm(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tenso
     dims = [i for i in range(x.dim()) if i != 1]
     shape = [-1 if i == 1 else 1 for i in range(x.dim())]
     gamma = norm.weight.detach().view(shape) if norm.affine else 1.0
-    dot_gamma, dot_beta = (d[n].view(shape) if n in d else 0.0 for n in ("weight", "bias"))
+    dot_gamma, dot_beta = (d[n].view(shape) if n in d else x.new_zeros(()) for n in ("weight", "bias"))
     centred = x - x.mean(dims, keepdim=True)
     moved = torch.zeros_like(x) if tangent is None else tangent - tangent.mean(dims, keepdim=True)
-    s = (centred.square().mean(dims, keepdim=True) + norm.eps).rsqrt()
-    half_dot_v, half_ddot_v = (centred * moved).mean(dims, keepdim=True), moved.square().mean(dims, keepdim=True)
-    dot_s, ddot_s = -(s**3) * half_dot_v, 3 * s**5 * half_dot_v**2 - s**3 * half_ddot_v
+    count = x.numel() // x.shape[1]
+    variance, spread = (torch.linalg.vector_norm(t, dim=dims, keepdim=True) ** 2 / count for t in (centred, moved))
+    s = (variance + norm.eps).rsqrt()
+    cross = (centred * moved).sum(dims, keepdim=True) / count  # the variance is variance + 2 cross t + spread t²
+    dot_s, ddot_s = -(s**3) * cross, 3 * s**5 * cross**2 - s**3 * spread
     z = call.output
     if z is None:
         z = centred * (gamma * s) if norm.bias is None else torch.addcmul(norm.bias.view(shape), centred, gamma * s)
-    dot_z = torch.addcmul(moved * (gamma * s), centred, gamma * dot_s + dot_gamma * s) + dot_beta
+    dot_z = torch.addcmul(dot_beta, moved, gamma * s).addcmul_(centred, gamma * dot_s + dot_gamma * s)
     if adjoint is None:
         return z, dot_z, None
     a, b = (adjoint * moved).sum(dims, keepdim=True), (adjoint * centred).sum(dims, keepdim=True)
