@@ -33,8 +33,10 @@ and changes slowly, so it is measured every ``noise_every`` steps.
 long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s`` with
 ``s = ρ̄ᵀt / ρ̄ᵖᵀt`` in [0, 1], the share of the measured slope that is not noise.
 
-Step sizes start at ``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step: curvature
-rises while steps grow, and its average lags behind. They may fall at any pace.
+**Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
+autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ ‖θ_l‖``; step sizes start at ``1/warmup`` of
+their value, and grow by a factor of at most ``growth`` from step to step, because curvature rises while steps grow and
+its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
 
 ======  ===============  ============================================================================================
 symbol  argument         meaning
@@ -42,6 +44,7 @@ symbol  argument         meaning
 ``σ``   ``sigma``        dimensionless, not a learning rate; kept as the groups' ``lr`` so that schedulers can act on it
 –       ``averaging``    weight of the past in the averages
 ``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good
+``τ``   ``trust``        longest step of a layer, relative to its weights
 ======  ===============  ============================================================================================
 """
 
@@ -68,6 +71,7 @@ class Layerwise(torch.optim.Optimizer):
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
+        trust: ``τ`` > 0.
         growth: largest growth of a step size from step to step, above 1.
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
         noise_every: measure the noise every so many curvature measurements.
@@ -85,8 +89,9 @@ class Layerwise(torch.optim.Optimizer):
         sigma: float = 2.0,
         averaging: float = 0.95,
         floor: float = 0.02,
+        trust: float = 0.03,
         warmup: int = 20,
-        growth: float = 1.05,
+        growth: float = 1.1,
         every: int = 1,
         noise_every: int = 5,
         curvature=None,
@@ -94,6 +99,7 @@ class Layerwise(torch.optim.Optimizer):
         _check(sigma > 0, "sigma", sigma, "positive")
         _check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
         _check(0 < floor <= 1, "floor", floor, "in (0, 1]")
+        _check(trust > 0, "trust", trust, "positive")
         _check(warmup >= 1, "warmup", warmup, "at least 1")
         _check(growth > 1, "growth", growth, "above 1")
         _check(every >= 1, "every", every, "at least 1")
@@ -101,7 +107,7 @@ class Layerwise(torch.optim.Optimizer):
         _check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.noise_every = every, noise_every
+        self.every, self.noise_every, self.trust = every, noise_every, trust
         self.curvature = SampledFisher() if curvature is None else curvature
         self._layers: list[Layer] = []
 
@@ -210,10 +216,8 @@ class Layerwise(torch.optim.Optimizer):
             search["noise"] = torch.zeros_like(per_length)
             return
         e = minibatch.signed_gradients(trace)
-        noise = [
-            _dot(e[layer], [self._metric(p, x) for p, x in zip(layer.parameters, e[layer])]) for layer in self._layers
-        ]
-        noise = nu * torch.stack(noise) * per_length
+        mapped = {layer: [self._metric(p, x) for p, x in zip(layer.parameters, e[layer], strict=True)] for layer in e}
+        noise = nu * torch.stack([_dot(e[layer], mapped[layer]) for layer in self._layers]) * per_length
         count = search["measured"] // self.noise_every + 1
         weight = max(1 - self.averaging**self.noise_every, 1 / count)  # a plain mean until the average has its length
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
@@ -229,6 +233,7 @@ class Layerwise(torch.optim.Optimizer):
         joint = (promised / (t @ curvature @ t).clamp_min(tiny)).clamp_max(1)
         search["signal"] = (promised / (measured @ t).clamp_min(tiny)).clamp_max(1)
         sizes = joint * t * per_length * min(1.0, search["measured"] / self.warmup)
+        sizes = torch.minimum(sizes, self.trust * self._weight_norms() * per_length)
         if "ceiling" in search:
             sizes = torch.minimum(sizes, search["ceiling"])
             # half the last ceiling at least: a step that fell to zero must be able to grow again
@@ -236,6 +241,11 @@ class Layerwise(torch.optim.Optimizer):
         else:
             search["ceiling"] = self.growth * sizes
         search["step_size"] = sizes
+
+    def _weight_norms(self) -> Tensor:
+        """``‖θ_l‖``; unlimited for a layer that starts at zero."""
+        norms = torch.stack([_dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
+        return norms.masked_fill(norms == 0, torch.inf)
 
     def _step_sizes(self, search: dict) -> Tensor:
         """``α``, with each layer's own ``σ`` (the ``lr`` of its group)."""

@@ -1,0 +1,202 @@
+"""The layer-wise rule against closed forms, and its invariances."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.likelihoods import Categorical, Gaussian, Scaled
+from optimizers import LWAdamW, LWSGDm, Objective
+from optimizers.curvature import ExactGaussNewton, SampledFisher
+from tests.optimizers.cases import least_squares, small_batch, small_network, small_objective
+
+BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
+GREEDY = {"sigma": 1.0, "averaging": 0.0, "warmup": 1, "growth": 1e9, "trust": 1e9}
+
+
+def test_one_greedy_step_is_an_exact_line_search():
+    """One layer, full batch, exact curvature: θ₁ = θ₀ − (gᵀg / gᵀHg) g, the minimiser along the gradient."""
+    objective, x, y, model = least_squares()
+    minibatch = objective(x @ torch.diag(torch.arange(1.0, 6.0, dtype=x.dtype)), y)
+    minibatch()
+    g, start = model.weight.grad.clone(), model.weight.detach().clone()
+    losses = []
+    for a in (-1.0, 0.0, 1.0):
+        model.weight.data = start - a * g
+        losses.append(minibatch.evaluate())
+    best = (losses[0] - losses[2]) / (2 * (losses[0] - 2 * losses[1] + losses[2]))
+    model.weight.data = start.clone()
+    LWSGDm(model.parameters(), momentum=0.0, curvature=ExactGaussNewton(), **GREEDY).step(minibatch)
+    torch.testing.assert_close(model.weight.data, start - best * g, rtol=1e-10, atol=1e-12)
+
+
+def test_joint_factor_makes_simultaneous_steps_one_line_search():
+    """Two layers: the loss model along the joint step is minimised, whatever the layers' overlap."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).double()
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 2, dtype=torch.float64)
+    objective = Objective(model, Gaussian(), population=9)
+    minibatch = objective(x, y)
+    minibatch()
+    d = {layer: [p.grad.clone() for p in layer.parameters] for layer in objective.layers}
+    q = ExactGaussNewton()(minibatch, minibatch.trace(), d).detach()
+    rho = torch.stack([sum((g * g).sum() for g in gs) for gs in d.values()])
+    alone = rho / q.diagonal()
+    expected = alone * min(1.0, float(rho @ alone / (alone @ q @ alone)))
+    optimizer = LWSGDm(model.parameters(), curvature=ExactGaussNewton(), **GREEDY)
+    optimizer.step(minibatch)
+    sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
+    torch.testing.assert_close(sizes, expected, rtol=1e-10, atol=0)
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
+
+
+def train(method, model, likelihood, steps=25, **options):
+    objective = Objective(model, likelihood, torch.Generator().manual_seed(1), population=100)
+    optimizer = method(model.parameters(), **options)
+    x, y = small_batch(torch.float64)
+    return torch.stack([optimizer.step(objective(x, y)) for _ in range(steps)])
+
+
+@BOTH
+def test_scaling_the_likelihood_changes_nothing(method):
+    options = {"eps": 1e-30} if method is LWAdamW else {}
+    # no bias below a BatchNorm: its gradient is rounding error, which Adam's direction would make large
+    plain = train(method, perceptron(), Categorical(), **options)
+    scaled = train(method, perceptron(), Scaled(Categorical(), 1000.0), **options)
+    torch.testing.assert_close(scaled, 1000 * plain, rtol=1e-8, atol=0)
+
+
+@BOTH
+def test_moving_scale_from_layer_to_layer_changes_nothing(method):
+    """A bias-free ReLU pair (W, V) and (cW, V/c) is the same function; the layers' steps scale along, exactly.
+
+    Under W → cW gradient and curvature become g/c and H/c², so the greedy step of SGD's direction becomes c times the
+    old one. AdamW's direction does not see the factor (up to ε) and the step size carries it. Decay would see it.
+    """
+    options = {"eps": 1e-30} if method is LWAdamW else {}
+    losses = []
+    for c in (1.0, 16.0):
+        model = perceptron()
+        with torch.no_grad():
+            model[1].weight.mul_(c)
+            model[3].weight.div_(c)
+        losses.append(train(method, model, Categorical(), **options))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
+
+
+def test_corrected_slope_is_unbiased():
+    """Over batches drawn from an unlimited population, E[gᵀg − eᵀe] = ‖E g‖²; gᵀg alone is not near it."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 2, dtype=torch.float64)
+    objective = Objective(model, Gaussian())
+    truth = torch.randn(2, 6, dtype=torch.float64)
+    corrected, plain = [], []
+    for _ in range(3000):
+        x = torch.randn(8, 6, dtype=torch.float64)
+        minibatch = objective(x, x @ truth.T + 3 * torch.randn(8, 2, dtype=torch.float64))
+        trace = minibatch.trace()
+        minibatch.fill_gradients(trace, retain_graph=True)
+        e = minibatch.signed_gradients(trace)
+        plain.append(sum((p.grad**2).sum() for p in model.parameters()))
+        corrected.append(plain[-1] - sum((g**2).sum() for gs in e.values() for g in gs))
+    corrected, plain = torch.stack(corrected), torch.stack(plain)
+    exact = ((model.weight - truth) ** 2).sum().detach() + (model.bias**2).sum().detach()  # E xxᵀ = I
+    assert (corrected.mean() - exact).abs() < 4 * corrected.std() / len(corrected) ** 0.5
+    assert plain.mean() > 1.5 * exact
+
+
+@BOTH
+def test_a_full_batch_has_no_sampling_noise_and_dropout_has_its_own(method):
+    noise = []
+    for model in (small_network(), nn.Sequential(nn.Dropout(0.5), small_network())):
+        optimizer = method(model.parameters())
+        x, y = small_batch()
+        optimizer.step(small_objective(model, population=len(y))(x, y))
+        noise.append(optimizer._search["noise"])
+    assert (noise[0] == 0).all()
+    assert (noise[1] > 0).all()
+
+
+@BOTH
+def test_no_step_is_zero_for_good(method):
+    """Labels that are pure noise: the corrected slope averages to nothing, and the steps stay positive."""
+    model = small_network()
+    objective = small_objective(model)
+    optimizer = method(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x, _ = small_batch()
+    for _ in range(60):
+        optimizer.step(objective(x, torch.randint(0, 3, (len(x),), generator=generator)))
+    sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
+    assert (sizes > 0).all()
+
+
+@BOTH
+def test_trust_growth_and_warm_up_bound_the_steps(method):
+    model = small_network()
+    objective = small_objective(model)
+    optimizer = method(model.parameters(), sigma=1.0, growth=1.03, trust=0.01)
+    sizes = []
+    for _ in range(50):
+        before = [p.detach().clone() for p in objective.layers[0].parameters]
+        optimizer.step(objective(*small_batch()))
+        sizes.append(optimizer._search["step_size"])
+        moved = sum(((p - q) ** 2).sum() for p, q in zip(objective.layers[0].parameters, before, strict=True)) ** 0.5
+        longest = 10 if method is LWSGDm else 1  # heavy ball: the sum of ten steps
+        assert moved <= 1.01 * longest * 0.01 * sum((q**2).sum() for q in before) ** 0.5
+    ceilings = torch.stack([torch.stack(sizes[:i]).amax(0) for i in range(1, 51)])
+    assert (ceilings[1:] / ceilings[:-1]).max() < 1.03 * 1.0001
+
+
+@BOTH
+@pytest.mark.parametrize("every", [1, 4])
+def test_work_per_step(method, every):
+    model = small_network()
+    objective = small_objective(model)
+    optimizer = method(model.parameters(), every=every, noise_every=10)
+    for _ in range(40):
+        optimizer.step(objective(*small_batch()))
+    noise = 40 / every / 10 * 2 / 3
+    assert objective.gradient_equivalents == pytest.approx(40 + 40 / every * 2 / 3 + noise)
+
+
+@BOTH
+def test_schedulers_scale_sigma(method):
+    model = small_network()
+    optimizer = method(model.parameters(), sigma=1.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+    optimizer.step(small_objective(model)(*small_batch()))
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@BOTH
+def test_any_batch_size(method, batch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    objective = small_objective(model)
+    optimizer = method(model.parameters())
+    x, y = small_batch()
+    for i in range(40):
+        rows = torch.arange(i * batch, (i + 1) * batch) % len(y)
+        loss = optimizer.step(objective(x[rows], y[rows]))
+    assert torch.isfinite(loss)
+
+
+@BOTH
+def test_bad_input(method):
+    model = small_network()
+    with pytest.raises(TypeError, match="objective = Objective"):
+        method(model.parameters()).step(lambda: torch.zeros(()))
+    with pytest.raises(ValueError, match=r"'0\.weight' is trainable but in none"):
+        method(model[4].parameters()).step(small_objective(model)(*small_batch()))
+    for wrong in ({"sigma": 0.0}, {"averaging": 1.0}, {"every": 0}, {"growth": 1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            method(model.parameters(), **wrong)
+
+
+def test_default_estimator_is_the_sampled_fisher():
+    assert isinstance(LWSGDm(small_network().parameters()).curvature, SampledFisher)
