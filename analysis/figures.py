@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from analysis import statistics, tables
 from analysis.claims import final_values
 from analysis.records import AXES, Records, load
-from analysis.style import canvas, heading, legend, method_handles, order, style, value_axis
+from analysis.style import canvas, heading, legend, method_handles, order, shade, style, value_axis
 
 AXIS_LABELS = {
     "epoch": "Epoch", "train_seconds": "Training time (s)",
@@ -97,8 +97,9 @@ def mean_curves(records: Records, task: str) -> pd.DataFrame:
 def curves(records: Records, task: str, axis: str) -> Drawn:
     """Training loss and test metric against one axis: mean over seeds and the band of all seeds."""
     data = mean_curves(records, task)
+    handles = method_handles(labels_of(records, task))
     contended = axis == "train_seconds" and records.finals[records.finals.task == task].contended.any()
-    figure, axes = canvas(records.title(task), 2, note=records.surrogate(task))
+    figure, axes = canvas(records.title(task), 2, note=records.surrogate(task), entries=len(handles))
     names = {"train_loss": "Training loss", "test_metric": metric_name(records, task)}
     for panel, (measure, name) in zip(axes[0], names.items(), strict=True):
         factor, accuracy = scale_of(records, task, measure)
@@ -106,7 +107,7 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
         for optimizer, rows in data.groupby("optimizer"):
             look, x = style(optimizer), rows[axis]
             low, high = rows[f"{measure}_low"] * factor, rows[f"{measure}_high"] * factor
-            panel.fill_between(x, low, high, color=look.color, alpha=0.16 if look.bold else 0.08, linewidth=0)
+            panel.fill_between(x, low, high, **shade(optimizer, len(handles)))
             every = max(1, len(x) // 6)
             panel.plot(x, rows[measure] * factor, markevery=(len(shown) % every, every), **look.plot(), gid=optimizer)
             if rows.diverged.iloc[0]:
@@ -117,7 +118,7 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
             panel, np.concatenate([*shown.values()]), accuracy, data[measure][data.evaluation == 0].max() * factor
         )
         panel.set_xlim(left=0)
-    legend(figure, method_handles(labels_of(records, task)))
+    legend(figure, handles)
     alt = f"Training loss and {names['test_metric'].lower()} against {AXIS_LABELS[axis].lower()} on {task}, "
     alt += f"mean and range over seeds. {_best_words(records, task)}"
     return Drawn(f"curves_{axis}_{task}", task, f"{records.title(task)}: curves", alt, figure, data)
@@ -227,9 +228,12 @@ def sensitivity(records: Records, task: str) -> Drawn | None:
     trials = trial_values(records, task)
     if not len(trials):
         return None
-    figure, axes = canvas(f"{records.title(task)}: sensitivity to the learning rate", 2, note=records.surrogate(task))
-    names = {"train_loss": "Final training loss", "test_metric": "Final " + metric_name(records, task).lower()}
     flat = untuned(records, task)
+    shown = set(trials.optimizer) | set(flat)
+    handles = method_handles([entry for entry in labels_of(records, task) if entry[0] in shown])
+    note, entries = records.surrogate(task), len(handles) + 3
+    figure, axes = canvas(f"{records.title(task)}: sensitivity to the learning rate", 2, note=note, entries=entries)
+    names = {"train_loss": "Final training loss", "test_metric": "Final " + metric_name(records, task).lower()}
     span = trials.rate.min(), trials.rate.max()
     for panel, (measure, name) in zip(axes[0], names.items(), strict=True):
         factor, accuracy = scale_of(records, task, measure)
@@ -238,26 +242,21 @@ def sensitivity(records: Records, task: str) -> Drawn | None:
         value_axis(panel, [*finite, *levels.values()], accuracy, _first_value(records, task, measure) * factor)
         edge = panel.get_ylim()[0 if accuracy else 1]
         for optimizer, rows in trials.sort_values("rate").groupby("optimizer"):
-            look, y = style(optimizer), finite.reindex(rows.sort_values("rate").index)
+            look, y = style(optimizer), finite.reindex(rows.index)
             line = look.plot() | ({"linestyle": "none"} if rows.fields.max() > 1 else {})
             panel.plot(rows.rate, y, **line, gid=optimizer)
-            best = rows.score.idxmax() if rows["mode"].iloc[0] == "max" else rows.score.idxmin()
-            if np.isfinite(rows.score).any():
+            if rows.score.notna().any():
+                best = rows.score.idxmax() if rows["mode"].iloc[0] == "max" else rows.score.idxmin()
                 panel.plot(rows.rate[best], y[best], "o", color="none", markeredgecolor=look.color, markersize=11)
             lost = rows.rate[y.isna()]
             panel.plot(lost, np.full(len(lost), edge), "x", color=look.color, markersize=7, clip_on=False, zorder=5)
         for optimizer, level in levels.items():
             panel.plot(span, [level, level], **(style(optimizer).plot() | {"marker": ""}), gid=optimizer)
         panel.set(title=name, xlabel="Learning rate", xscale="log")
-    extra = [
-        Line2D([], [], linestyle="none", label=""),
-        Line2D(
-            [], [], linestyle="none", marker="o", markersize=9, color="none", markeredgecolor="#444", label="selected"
-        ),
-        Line2D([], [], linestyle="none", marker="x", color="#444", label="diverged"),
-    ]
-    drawn = set(trials.optimizer) | set(flat)
-    legend(figure, method_handles([entry for entry in labels_of(records, task) if entry[0] in drawn]) + extra)
+    selected = Line2D([], [], linestyle="none", marker="o", markersize=9, color="none", label="selected")
+    selected.set_markeredgecolor("#444444")
+    diverged = Line2D([], [], linestyle="none", marker="x", color="#444444", label="diverged")
+    legend(figure, [*handles, heading(""), selected, diverged])
     widths = {o: _width(rows) for o, rows in trials.groupby("optimizer")}
     labels = dict((o, label) for o, label, _ in labels_of(records, task))
     alt = f"Final value against the learning rate of each trial on {task}; methods without trials are flat lines. "
@@ -281,9 +280,13 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
     trials = trial_values(records, task)
     if not len(trials):
         return None
-    figure, axes = canvas(f"{records.title(task)}: best of k trials", 2, note=records.surrogate(task))
+    flat = untuned(records, task)
+    shown = set(trials.optimizer) | set(flat)
+    handles = method_handles([entry for entry in labels_of(records, task) if entry[0] in shown])
+    note, entries = records.surrogate(task), len(handles)
+    figure, axes = canvas(f"{records.title(task)}: best of k trials", 2, note=note, entries=entries)
     names = {"train_loss": "Final training loss", "test_metric": "Final " + metric_name(records, task).lower()}
-    flat, parts = untuned(records, task), []
+    parts = []
     for panel, (measure, name) in zip(axes[0], names.items(), strict=True):
         factor, accuracy = scale_of(records, task, measure)
         for optimizer, rows in trials.groupby("optimizer"):
@@ -296,8 +299,8 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
             parts.append(pd.DataFrame(part | {"median": value, "third_quartile": value}))
         data = pd.concat(parts, ignore_index=True)
         here = data[data.measure == measure]
-        shown = here[["first_quartile", "median", "third_quartile"]].to_numpy() * factor
-        value_axis(panel, shown, accuracy, _first_value(records, task, measure) * factor)
+        values = here[["first_quartile", "median", "third_quartile"]].to_numpy() * factor
+        value_axis(panel, values, accuracy, _first_value(records, task, measure) * factor)
         bottom, top = panel.get_ylim()
         for optimizer, rows in here.groupby("optimizer"):
             look = style(optimizer)
@@ -306,14 +309,12 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
                 panel.plot([0, here.k.max()], level, **look.plot(), markevery=[0], clip_on=False, gid=optimizer)
                 continue
             low, middle, high = (rows[c] * factor for c in ("first_quartile", "median", "third_quartile"))
-            panel.fill_between(
-                rows.k, low.clip(bottom, top), high.clip(bottom, top), color=look.color, alpha=0.1, linewidth=0
-            )
+            if len(handles) <= 8:  # more bands than that would hide the lines
+                panel.fill_between(rows.k, low.clip(bottom, top), high.clip(bottom, top), **shade(optimizer, 1))
             panel.plot(rows.k, middle.where(np.isfinite(middle)), **look.plot(), gid=optimizer)
         panel.set(title=name, xlabel="Trials k", xlim=(-0.15, here.k.max() + 0.15))
         panel.xaxis.get_major_locator().set_params(integer=True)
-    drawn = set(trials.optimizer) | set(flat)
-    legend(figure, method_handles([entry for entry in labels_of(records, task) if entry[0] in drawn]))
+    legend(figure, handles)
     alt = f"Median final value that k tuning trials give on {task}, with quartiles; methods without trials start at 0. "
     alt += "Trial runs train on what tuning leaves of the training set, the methods without trials on all of it."
     return Drawn(f"best_of_k_{task}", task, f"{records.title(task)}: best of k trials", alt, figure, data)
@@ -328,7 +329,9 @@ def performance_profiles(records: Records) -> Drawn | None:
     if not len(costs):
         return None
     n = costs.task.nunique()
-    figure, axes = canvas(f"Performance profiles over {n} task{'s' * (n > 1)}", 3, rows=2, height=2.9)
+    figure, axes = canvas(
+        f"Performance profiles over {n} task{'s' * (n > 1)}", 3, 2, 2.9, entries=costs.optimizer.nunique() + 3
+    )
     taus, parts, drawn = np.linspace(1, statistics.TAU, 301), [], set()
     for row, (measure, words) in zip(
         axes, {"train_loss": "training loss", "test_metric": "test metric"}.items(), strict=True

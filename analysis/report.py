@@ -193,7 +193,8 @@ def families(records: Records, results: pd.DataFrame, drawn: list[figures.Drawn]
             rows = results[results.task == task]
             tasks.append({
                 "name": task, "note": records.surrogate(task), "accuracy": rows.metric.iloc[0] == "accuracy",
-                "curves": [f for f in mine if f.name.startswith("curves_")], "axes": figures.AXIS_LABELS,
+                "curves": [(axis, f) for axis in AXES for f in mine if f.name == f"curves_{axis}_{task}"],
+                "axes": figures.AXIS_LABELS,
                 "others": [f for f in mine if not f.name.startswith("curves_")],
                 "rows": _shown_results(rows, costs), "plot": plot_data(records, task),
             })  # fmt: skip

@@ -111,8 +111,14 @@ def use() -> None:
 PANEL, HEIGHT, LEGEND = 4.1, 3.3, 1.75  # inches
 
 
-def canvas(title: str, panels: int, rows: int = 1, height: float = HEIGHT, note: str = "") -> tuple[Figure, np.ndarray]:
-    """A grid of panels with the legend's place on the right, in fixed inches; `note` stands below the title."""
+def canvas(
+    title: str, panels: int, rows: int = 1, height: float = HEIGHT, note: str = "", entries: int = 0
+) -> tuple[Figure, np.ndarray]:
+    """A grid of panels in fixed inches, with room on the right for a legend of so many `entries`.
+
+    `note` stands below the title.
+    """
+    height = max(height, (0.175 * entries + 0.55) / rows)
     use()
     width, tall = panels * PANEL + LEGEND, rows * height + 0.35
     figure, axes = plt.subplots(rows, panels, figsize=(width, tall), squeeze=False)
@@ -150,6 +156,12 @@ def legend(figure: Figure, handles: list[Line2D]) -> None:
             text.set_color("#8a8a8a")
 
 
+def shade(optimizer: str, methods: int) -> dict:
+    """How a band is filled: fainter where many would lie on each other."""
+    look = style(optimizer)
+    return {"color": look.color, "alpha": 0.16 if look.bold else 0.08 if methods <= 8 else 0.03, "linewidth": 0}
+
+
 def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> None:
     """Losses on a logarithmic axis where they span more than a factor 3, cut above the first value of the runs."""
     values = np.asarray(values, float)
@@ -162,8 +174,9 @@ def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> No
     if not accuracy and low > 0 and high / low > 3:
         axis.set_yscale("log")
         axis.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
-        wide = high / low > 1e3
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+        ratio = high / low
+        subs = (1.0,) if ratio > 1e3 else (1.0, 2.0, 5.0) if ratio > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+        axis.yaxis.set_major_locator(LogLocator(subs=subs))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:

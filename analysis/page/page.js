@@ -18,7 +18,7 @@ const show = (value) => (value === null ? "–" : Number(value.toPrecision(4)).t
 function ticks(low, high, count, log) {
   if (log) {
     const found = [];
-    const steps = high / low > 1e3 ? [1] : [1, 2, 5];
+    const ratio = high / low, steps = ratio > 1e3 ? [1] : ratio > 10 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 6, 8];
     for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++)
       for (const m of steps) if (m * 10 ** e >= low && m * 10 ** e <= high) found.push(m * 10 ** e);
     if (found.length > 1) return found;
