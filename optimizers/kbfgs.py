@@ -1,0 +1,263 @@
+r"""K-BFGS and K-BFGS(L): Kronecker-factored quasi-Newton steps.
+
+After *Practical Quasi-Newton Methods for Training Deep Neural Networks* (Goldfarb, Ren, Bahamou, NeurIPS 2020,
+arXiv:2006.08877), as its public code has it. A layer ``z = [W|b] ā``, ``ā = [a; 1]``, has a Hessian block close to
+``G ⊗ A`` with ``A = mean āāᵀ`` and ``G`` the Hessian in ``z``; ``H_a ≈ (A + √λ I)⁻¹`` and ``H_g ≈ G⁻¹`` follow BFGS:
+
+1. ``A ← ρ A + (1−ρ) mean āāᵀ``. At the first step ``H_a = (A + √λ I)⁻¹``, inverted once, and ``H_g = I``.
+2. ``M ← β M + (1−β) g``,  ``[W|b] ← [W|b] − α (H_g M H_a + w [W|b])``, all layers at once.
+3. The same batch again at the new weights: ``s``, ``y`` are the changes of the means of ``z`` and of ``∂loss/∂z``,
+   each averaged with weight ``ρ`` of the past (not where the batch is the whole training set).
+4. Double damping: (i) where ``sᵀy ≤ 0.2 yᵀH_g y``: ``s ← θs + (1−θ)H_g y``, ``θ = 0.8 yᵀH_g y / (yᵀH_g y − sᵀy)``;
+   (ii) where ``sᵀy ≤ √λ sᵀs``: ``y ← θy + (1−θ)s``, ``θ = (1−√λ) sᵀs / (sᵀs − sᵀy)``.
+5. BFGS update of ``H_g`` by ``(s, y)``; for K-BFGS(L) the pair joins the last 100, ``H_g`` starting from ``I``.
+6. BFGS update of ``H_a`` by ``s_a = H_a mean ā``, ``y_a = (A + √λ I) s_a``: the action of a Hessian that is known.
+
+A pair is skipped where ``sᵀy ≤ 0``, ``sᵀy ≤ 10⁻⁴ ‖s‖² ‖ḡ‖`` (``ḡ`` the mean of ``∂loss/∂z``; of ``ā`` for ``H_a``), or
+where something is not finite; ``diagnostics`` tells how often. Cost: two forward and backward passes, the second
+without weight gradients.
+
+**Convolutions and graphs** (derived; the follow-up, arXiv:2102.06737, has the same factors for convolutions by its
+abstract and by public code that is not its authors'). With *rows* as in ``optimizers.kfac`` (positions of an image,
+nodes of a graph), products of different rows dropped, the block is ``G ⊗ A`` with ``A`` summed over an example's rows
+and ``G`` one row's own Hessian, whose secant pair is the change of the means over all rows. The follow-up's other
+damping, ``y ← y + √λ s``, is not used. BatchNorm and all other layers take the averaged gradient ``M``.
+
+Departures: the first ``A`` is the first minibatch's, where the code passes over the data once; ``A`` is a plain mean
+until its weight ``1/t`` has fallen to ``1−ρ``; decay is decoupled as in the rest of this group's code, where the
+paper's is ``10⁻⁵`` in gradient and loss.
+
+======  ==================  ====================================
+symbol  argument            meaning
+======  ==================  ====================================
+``α``   ``lr``              per group; schedulers act on it
+``λ``   ``damping``         per group, in (0, 1)
+``β``   ``momentum``        per group
+``w``   ``weight_decay``    per group; decoupled
+``ρ``   ``averaging``       of ``A``, ``s`` and ``y``
+–       ``memory``          pairs that K-BFGS(L) keeps
+======  ==================  ====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from optimizers.kfac import _is_factored, _rows
+from optimizers.kronecker import Block, homogeneous_block, tensor_block
+from optimizers.layered import LayeredOptimizer, RandomState, check
+from optimizers.layers import Call, Layer, LinearGraphLayer, Trace, frozen_statistics
+from optimizers.objective import Minibatch
+from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
+
+
+class KBFGS(LayeredOptimizer):
+    """K-BFGS; see the module.
+
+    Args:
+        params: parameters or parameter groups; together they must hold every trainable parameter of the model.
+        lr: ``α`` ≥ 0.
+        damping: ``λ`` in (0, 1).
+        momentum: ``β`` in [0, 1).
+        weight_decay: ``w`` ≥ 0.
+        averaging: ``ρ`` in [0, 1).
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.3,
+        damping: float = 0.3,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        averaging: float = 0.9,
+    ) -> None:
+        check(lr >= 0, "lr", lr, "at least 0")
+        check(0 < damping < 1, "damping", damping, "in (0, 1)")
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+        check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
+        super().__init__(params, {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay})
+        self.averaging = averaging
+        self._blocks: dict[Layer, Block] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Minibatch) -> Tensor:
+        """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached.
+
+        Raises:
+            NotImplementedError: a layer that the method does not support.
+        """
+        known = self._layers
+        layers = self.find_layers(closure)
+        if layers is not known:
+            self._blocks = {layer: homogeneous_block(layer) for layer in layers if _has_factors(layer)}
+            self._others = [tensor_block(y, p) for y in layers if y not in self._blocks for p in y.parameters]
+        random_state = RandomState(layers[0].parameters[0].device)
+        trace, before, after = closure.trace(), _Means(self._blocks), _Means(self._blocks)
+        for call in trace.calls:
+            if call.layer in self._blocks:  # a hook that knew the output would hold it in a cycle
+                call.output.register_hook(partial(before.add, _mean_call(call)))
+        loss = closure.fill_gradients(trace)
+        self._update_a(trace, closure.size)
+        for block in (*self._blocks.values(), *self._others):
+            self._move(block)
+        with frozen_statistics(closure.objective.model), random_state.replayed():
+            trace = closure.trace()
+            residual = closure.residual(trace.outputs) / closure.size
+            trace.backward(residual, after.add)
+        past = self.averaging if closure.sampling_noise else 0.0
+        for block in before.values:
+            self._update_inverses(block, closure.size, before.values[block], after.values[block], past)
+        return loss
+
+    def diagnostics(self) -> dict[str, dict[str, Tensor]]:
+        """By layer, so far: pairs of ``H_g`` and of ``H_a`` that were skipped, pairs of ``H_g`` that were damped."""
+        names = ("skipped_g", "skipped_a", "damped")
+        states = {layer.name: self.state[block.parameters[0]] for layer, block in self._blocks.items()}
+        return {
+            name: dict(zip(names, s["counts"].unbind(), strict=True)) for name, s in states.items() if "counts" in s
+        }
+
+    # H_g --------------------------------------------------------------------------------------------------------------
+
+    def _start_g(self, state: dict, like: Tensor) -> None:
+        state["H_g"] = torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+    def _apply_g(self, state: dict, tensor: Tensor) -> Tensor:
+        """``H_g V``; V: ``(out, …)``."""
+        return state["H_g"] @ tensor
+
+    def _update_g(self, state: dict, s: Tensor, y: Tensor, good: Tensor) -> None:
+        state["H_g"] = torch.where(good, bfgs(state["H_g"], s, y), state["H_g"])
+
+    # The step's parts -------------------------------------------------------------------------------------------------
+
+    def _update_a(self, trace: Trace, size: int) -> None:
+        """The averages ``A``; a statistic that is not finite is left out."""
+        for block, second_moment in _second_moments(trace, self._blocks, size).items():
+            state = self.state[block.parameters[0]]
+            state["updates"] = state.get("updates", 0) + 1
+            if state["updates"] == 1:
+                state["A"] = second_moment
+                damped = second_moment + self._damping(block) * torch.eye(len(second_moment)).to(second_moment)
+                state["H_a"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+                row = block.parameters[0].flatten(1)[:, 0]
+                state["s"], state["y"] = torch.zeros_like(row), torch.zeros_like(row)
+                state["counts"] = row.new_zeros(3)
+                self._start_g(state, row)
+            else:
+                weight = max(1 - self.averaging, 1 / state["updates"])
+                finite = second_moment.diagonal().isfinite().all()
+                state["A"].lerp_(torch.where(finite, second_moment, state["A"]), weight)
+
+    def _damping(self, block: Block) -> float:
+        return self.group(block.parameters[0])["damping"] ** 0.5
+
+    def _move(self, block: Block) -> None:
+        momenta = [self._momentum(p) for p in block.parameters]
+        state = self.state[block.parameters[0]]
+        if "H_a" in state:
+            momenta = block.split(self._apply_g(state, block.join(momenta)) @ state["H_a"])
+        for p, direction in zip(block.parameters, momenta, strict=True):
+            group = self.group(p)
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction, alpha=-group["lr"])
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"].lerp_(p.grad, 1 - self.group(p)["momentum"])
+
+    def _update_inverses(self, block: Block, size: int, before: list, after: list, past: float) -> None:
+        """Steps 3 to 6 for one layer; ``before``, ``after``: means of ``ā``, ``z`` and ``∂(mean loss)/∂z``."""
+        state, damping = self.state[block.parameters[0]], self._damping(block)
+        (a, z, delta), (_, new_z, new_delta) = before, after
+        delta, new_delta = size * delta, size * new_delta
+        for name, change in (("s", new_z - z), ("y", new_delta - delta)):
+            averaged = past * state[name] + (1 - past) * change
+            state[name] = torch.where(averaged.isfinite().all(), averaged, state[name])
+        s, y, damped = double_damping(state["s"], state["y"], self._apply_g(state, state["y"]), damping)
+        good_g = is_good(s, y, delta)
+        self._update_g(state, s, y, good_g)
+        s_a = state["H_a"] @ a
+        y_a = state["A"] @ s_a + damping * s_a
+        good_a = is_good(s_a, y_a, a)
+        state["H_a"] = torch.where(good_a, bfgs(state["H_a"], s_a, y_a), state["H_a"])
+        state["counts"] += torch.stack([~good_g, ~good_a, damped])
+
+
+class KBFGSL(KBFGS):
+    """K-BFGS(L): ``H_g`` from the last pairs; see the module.
+
+    Args:
+        params: parameters or parameter groups.
+        memory: pairs kept, at least 1.
+        **options: see ``KBFGS``.
+    """
+
+    def __init__(self, params: Iterable, *args, memory: int = 100, **options) -> None:
+        check(memory >= 1, "memory", memory, "at least 1")
+        super().__init__(params, *args, **options)
+        self.memory = memory
+
+    def _start_g(self, state: dict, like: Tensor) -> None:
+        state["S"] = state["Y"] = like.new_zeros(self.memory, len(like))
+
+    def _apply_g(self, state: dict, tensor: Tensor) -> Tensor:
+        return lbfgs(state["S"], state["Y"], tensor)
+
+    def _update_g(self, state: dict, s: Tensor, y: Tensor, good: Tensor) -> None:
+        for name, new in (("S", s), ("Y", y)):
+            state[name] = torch.where(good, torch.cat([state[name][1:], new[None]]), state[name])
+
+
+def _has_factors(layer: Layer) -> bool:
+    return _is_factored(layer) and any(p.dim() > 1 for p in layer.parameters)
+
+
+class _Means:
+    """By block, the means over rows of ``ā``, ``z`` and ``∂(mean loss)/∂z``, added up over a layer's calls."""
+
+    def __init__(self, blocks: dict[Layer, Block]) -> None:
+        self.blocks = blocks
+        self.values: dict[Block, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, call: Call, delta: Tensor) -> None:
+        if call.layer not in self.blocks:
+            return
+        block = self.blocks[call.layer]
+        if not isinstance(call.layer, LinearGraphLayer):
+            delta = delta.mean(0, keepdim=True)
+        a, delta = (rows.mean(0) for rows in _rows(_mean_call(call), delta))
+        new = [a, block.join(p.detach() for p in block.parameters) @ a, delta]
+        self.values[block] = new if block not in self.values else torch._foreach_add(self.values[block], new)
+
+
+def _mean_call(call: Call) -> Call:
+    """The call on the mean example, without output: rows are linear in the example. A graph is one example."""
+    if isinstance(call.layer, LinearGraphLayer):
+        return Call(call.layer, call.inputs, None)
+    return Call(call.layer, (call.inputs[0].mean(0, keepdim=True),), None)
+
+
+def _second_moments(trace: Trace, blocks: dict[Layer, Block], size: int) -> dict[Block, Tensor]:
+    """``Σ_r ā_r ā_rᵀ / m`` by block."""
+    moments: dict[Block, Tensor] = {}
+    for call in trace.calls:
+        if call.layer in blocks:
+            block = blocks[call.layer]
+            a, _ = _rows(call, call.output.detach())
+            moments[block] = moments.get(block, 0) + a.T @ a / size
+    return moments
