@@ -162,7 +162,8 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
             row["p_holm"] = float(p)
             row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
         verdict = _all_hold(measure, rows, "is not better" if better else "is worse by more than the margin")
-        return verdict if better else replace(verdict, caveat=_unresolved(rows))
+        weak = not better and verdict.verdict == REPRODUCED
+        return replace(verdict, caveat=_unresolved(rows)) if weak else verdict
 
     return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
 

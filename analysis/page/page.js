@@ -93,7 +93,7 @@ class Panel {
     }, group);
   }
 
-  // The nearest evaluation of every visible method at the pointer, best first.
+  // The evaluations nearest to the pointer, of at most eight methods, best first.
   point(event) {
     if (!this.x) return;
     const { axis, visible } = this.chart, b = this.box, bounds = this.svg.getBoundingClientRect();
@@ -102,9 +102,11 @@ class Panel {
       const i = method[axis].reduce((best, x, j, all) => (Math.abs(this.x(x) - px) < Math.abs(this.x(all[best]) - px) ? j : best), 0);
       return { method, x: method[axis][i], y: method[this.spec.key][0][i] };
     }).filter((row) => row.y !== undefined && row.y !== null);
-    rows.sort((p, q) => (this.spec.loss ? p.y - q.y : q.y - p.y));
+    const away = (row) => Math.abs(this.y(row.y) - event.clientY + bounds.top);
+    rows.sort((p, q) => away(p) - away(q));
+    const nearest = rows[0], told = rows.slice(0, 8).sort((p, q) => (this.spec.loss ? p.y - q.y : q.y - p.y));
     this.tip.replaceChildren();
-    for (const { method, x, y } of rows) {
+    for (const { method, x, y } of told) {
       const line = html("div", {}, this.tip);
       html("span", { className: "swatch" }, line).style.background = method.color;
       line.append(`${method.label} ${show(y)} at ${show(x)}`);
@@ -115,9 +117,7 @@ class Panel {
     this.cursor.setAttribute("x1", px);
     this.cursor.setAttribute("x2", px);
     this.cursor.setAttribute("visibility", "visible");
-    const near = rows.length && rows.reduce((best, row) =>
-      Math.abs(this.y(row.y) - event.clientY + bounds.top) < Math.abs(this.y(best.y) - event.clientY + bounds.top) ? row : best);
-    this.chart.highlight(near && Math.abs(this.y(near.y) - event.clientY + bounds.top) < 14 ? near.method.name : null);
+    this.chart.highlight(nearest && away(nearest) < 14 ? nearest.method.name : null);
   }
 
   leave() {
