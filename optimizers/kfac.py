@@ -26,7 +26,7 @@ BatchNorm and every layer that is not fully connected (``nn.Linear``), a plain t
 group, or a ``GCNConv`` takes the plain gradient.
 
 ``lr`` ``α``, ``damping`` ``λ``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
-``optimizers.kronecker``, whose text also says how the first pass over the data is replaced.
+``optimizers.kronecker``, whose text also tells of the first pass over the data.
 """
 
 from __future__ import annotations

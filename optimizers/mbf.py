@@ -20,7 +20,7 @@ The public code reshapes a fully connected layer's gradient in a way that averag
 matrix of outgoing products: ``MBFOutgoing``.
 
 ``lr`` ``α``, ``damping`` ``λ``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
-``optimizers.kronecker``, whose text also says how the first pass over the data is replaced.
+``optimizers.kronecker``, whose text also tells of the first pass over the data.
 """
 
 from __future__ import annotations

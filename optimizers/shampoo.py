@@ -14,9 +14,8 @@ too). With ``ḡ`` the minibatch's mean gradient as a tensor of ``k`` modes and 
 The average replaces the sum of the original paper, and there is no grafting.
 
 ``lr`` ``α``, ``damping`` ``ε``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
-``optimizers.kronecker``, whose text also says how the first pass over the data is replaced. On autoencoders the code
-takes roots every T₂ steps from the start; here every T₁ before the first T₂, as for the other methods, because the
-first factors know one minibatch only.
+``optimizers.kronecker``, whose text also tells of the first pass over the data. On autoencoders the code takes roots
+every T₂ steps from the start (``refresh_early=False``).
 """
 
 from __future__ import annotations

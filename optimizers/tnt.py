@@ -17,7 +17,7 @@ covariance and each ``H̃_i`` the mean eigenvalue ``c``. Being of mean gradients
 ``m``, and ``ε`` is to be read on that scale.
 
 ``lr`` ``α``, ``damping`` ``ε``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
-``optimizers.kronecker``, whose text also says how the first pass over the data is replaced.
+``optimizers.kronecker``, whose text also tells of the first pass over the data.
 """
 
 from __future__ import annotations
