@@ -52,10 +52,9 @@ class Claim:
         sentence: The claim in our own words.
         source: The paper.
         methods: Whom it is about; every one must hold.
-        rivals: Whom they are compared with: the same for each method, or in pairs when `paired`.
+        rivals: Whom each of them is compared with.
         test: Yields the verdicts.
         families: Families of tasks it is about (all where empty).
-        paired: The i-th method is compared with the i-th rival alone.
     """
 
     id: str
@@ -65,12 +64,9 @@ class Claim:
     rivals: tuple[str, ...]
     test: Callable[[Records, Claim], list[Verdict]]
     families: tuple[str, ...] = ()
-    paired: bool = False
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        if self.paired:
-            return list(zip(self.methods, self.rivals, strict=True))
         return [(method, rival) for method in self.methods for rival in self.rivals]
 
 
@@ -108,18 +104,15 @@ def final_values(runs: pd.DataFrame, measure: str) -> pd.Series:
     return runs[f"final_{measure}"].where(runs.status == "finished")
 
 
-def values_at_equal_time(records: Records, ours: pd.DataFrame, theirs: pd.DataFrame, measure: str) -> tuple:
-    """Values by seed at the training time when the sooner finished of the two runs ends."""
-    values = []
-    for runs in (ours, theirs):
-        at = np.minimum(ours.train_seconds, theirs.train_seconds)
-        curves = (records.curves_by_run[run] for run in runs.run)
-        found = [
-            statistics.value_at_cost(curve.train_seconds, curve[measure], end)
-            for curve, end in zip(curves, at.reindex(runs.index), strict=True)
-        ]
-        values.append(pd.Series(found, index=runs.index).where(runs.status == "finished"))
-    return tuple(values)
+def values_at_equal_time(records: Records, ours: pd.DataFrame, theirs: pd.DataFrame, measure: str) -> list[pd.Series]:
+    """Values by seed at the training time when the sooner finished of the two runs ends; nan for a diverged run."""
+    curves = [[records.curves_by_run[run] for run in runs.run] for runs in (ours, theirs)]
+    ends = [min(x.train_seconds.iloc[-1], y.train_seconds.iloc[-1]) for x, y in zip(*curves, strict=True)]
+    found = []
+    for runs, mine in zip((ours, theirs), curves, strict=True):
+        at_end = [statistics.value_at_cost(c.train_seconds, c[measure], e) for c, e in zip(mine, ends, strict=True)]
+        found.append(pd.Series(at_end, index=runs.index).where(runs.status == "finished"))
+    return found
 
 
 def margin(theirs: pd.Series, accuracy: bool) -> float:
@@ -156,6 +149,8 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
                     x, y = values_at_equal_time(records, ours, theirs, measure)
                 else:
                     x, y = final_values(ours, measure), final_values(theirs, measure)
+                if any((v.isna() & (runs.status == "finished")).any() for v, runs in ((x, ours), (y, theirs))):
+                    raise NotTestedError(f"{MEASURES[measure]} of {method} or {rival} on {task} was not measured")
                 result = statistics.compare(x, y, margin(y, larger), larger)
                 rows.append({"task": task, "method": method, "rival": rival, "larger": larger} | asdict(result))
         for row, p in zip(rows, statistics.holm([row["p_worse"] for row in rows]), strict=True):
