@@ -30,12 +30,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optimizers.layered import RandomState, dot
+from optimizers.layered import RandomState, dot, fill_gradients
 from optimizers.layers import (
-    ACTIVATION_BACKWARD,
     FORWARD,
     TANGENT,
-    WEIGHT_GRADIENT,
     Call,
     ConvolutionLayer,
     EmbeddingLayer,
@@ -76,14 +74,7 @@ class Curvature:
         for call in trace.calls:
             call.output.register_hook(partial(self._adjoints.__setitem__, call))
             call.inputs, call.output = (), (None if recompute else call.output.detach())
-        parameters = [p for layer in layers for p in layer.parameters]
-        with torch.enable_grad():
-            loss = minibatch.loss(trace.outputs)
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        minibatch.count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g
-        self.loss = loss.detach()
+        self.loss = fill_gradients(minibatch, trace)
 
     @torch.no_grad()
     def __call__(self, direction: dict[Tensor, Tensor]) -> Tensor:
