@@ -31,7 +31,8 @@ None of these is coded: **all are measured at once**, for any architecture. Rand
 ‖A‖_F²``, so a backward pass that starts from random signs at the outputs, and at every layer replaces what arrives by
 *fresh* random signs of the same mean square, arrives at layer ``l`` with mean square ``Π m_k``; fresh signs at a skip
 block's branch are independent of those beside it, so the two add up. From the same signs ``‖J_lᵀε‖²`` gives ``q_l``.
-Both are averaged over measurements, one in ``every`` steps, which costs two thirds of a gradient then.
+Both are averaged over measurements, at the first ``every`` steps and then one in ``every``; one costs two thirds of a
+gradient.
 
 The rate is per layer, weight and bias together. ``v ← β v + lr_l (g + w θ)``, ``θ ← θ − v``. It is not LARS, although
 one framework's LARS cites this paper.
@@ -94,7 +95,7 @@ class BackMatching(LayeredOptimizer):
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
         layers, rates = self.find_layers(closure), self._rates
-        if rates["step"] % self.every == 0:
+        if rates["step"] < self.every or rates["step"] % self.every == 0:
             trace = closure.trace()
             loss = closure.fill_gradients(trace, retain_graph=True)
             self._average(*backward_gains(closure, trace))
@@ -121,7 +122,8 @@ class BackMatching(LayeredOptimizer):
     def _average(self, propagated: Tensor, parameters: Tensor) -> None:
         """Take one measurement into the averages; ``rate`` is ``q_l Π 1/m_k``."""
         rates = self._rates
-        weight = max(1 - self.averaging, 1 / (rates["step"] // self.every + 1))  # a plain mean until it has its length
+        rates["measured"] = rates.get("measured", 0) + 1
+        weight = max(1 - self.averaging, 1 / rates["measured"])  # a plain mean until it has its length
         for name, value in (("propagated", propagated), ("parameters", parameters)):
             rates[name] = rates[name].lerp(value, weight) if name in rates else value
         product = rates["propagated"] * rates["parameters"]

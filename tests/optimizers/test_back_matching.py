@@ -92,12 +92,13 @@ def test_graph_propagation_and_its_parameters():
     rows = torch.arange(40)
     objective = Objective(model, Gaussian(), torch.Generator().manual_seed(0))
     minibatch = objective((features.to_sparse_csr(), dense.to_sparse_csr()), torch.zeros(40, 3).double(), rows)
-    gains, grams = backward_gains(minibatch, minibatch.trace())
+    draws = [torch.stack(backward_gains(minibatch, minibatch.trace())) for _ in range(40)]
+    gains, grams = torch.stack(draws).mean(0)
     close(gains[0], dense.square().sum() / nodes * model.conv2.lin.weight.detach().square().sum() / 20, rtol=0.1)
     close(gains[1], 1.0)
     a = dense @ features
     expected = 20 * (a.square().sum() + nodes) / (20 * 7 + 20) / 40
-    close(grams[0], expected, rtol=0.2)
+    close(grams[0], expected, rtol=0.1)
 
 
 def test_parameters_of_linear_layers_and_convolutions():
@@ -136,11 +137,11 @@ def test_rates_are_measured_now_and_then_and_averaged():
     objective = small_objective(model)
     optimizer = BackMatching(model.parameters(), lr=1e-3, momentum=0.9, every=3)
     work = []
-    for _ in range(6):
+    for _ in range(7):
         optimizer.step(objective(*small_batch(torch.float64)))
         work.append(objective.gradient_equivalents)
     extra = torch.tensor(work).diff(prepend=torch.zeros(1)) - 1
-    torch.testing.assert_close(extra, torch.tensor([2 / 3, 0, 0, 2 / 3, 0, 0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(extra, torch.tensor([2.0, 2, 2, 2, 0, 0, 2]) / 3, rtol=0, atol=1e-5)
     assert all(layer["step_size"] > 0 for layer in optimizer.diagnostics().values())
 
 
