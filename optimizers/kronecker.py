@@ -292,7 +292,7 @@ def damped_power(stack: Tensor, damping: Tensor, exponent: float) -> tuple[Tenso
     Args:
         stack: ``(b, n, n)``.
         damping: ``(b,)``.
-        exponent: −1 goes by Cholesky factors; others by eigenvalues, of which negative ones count as zero.
+        exponent: −1 goes by Cholesky factors; others by eigenvalues, those below the damping being rounding.
 
     Returns:
         The powers ``(b, n, n)``; where damping was raised ``(b,)``; where there is no power ``(b,)``.
@@ -304,15 +304,23 @@ def damped_power(stack: Tensor, damping: Tensor, exponent: float) -> tuple[Tenso
     none = torch.zeros_like(damping, dtype=torch.bool)
     if stack.shape[-1] == 1:
         return (stack.clamp_min(0) + damping[:, None, None]) ** exponent, none, none
+    least = torch.finfo(stack.dtype).eps * _diagonal(stack).sum(-1) if exponent == -1 else torch.zeros_like(damping)
+    damped = stack.clone()
+    _diagonal(damped).add_(torch.maximum(damping, least)[:, None])
     if exponent == -1:
-        least = torch.finfo(stack.dtype).eps * _diagonal(stack).sum(-1)
-        damped = stack.clone()
-        _diagonal(damped).add_(torch.maximum(damping, least)[:, None])
         factor, info = torch.linalg.cholesky_ex(damped)
         return torch.cholesky_inverse(factor), least > damping, info != 0
-    values, vectors = torch.linalg.eigh(stack)
-    values = (values.clamp_min(0) + damping[:, None]) ** exponent
+    values, vectors = _eigh(damped)
+    values = torch.maximum(values, damping[:, None]) ** exponent
     return (vectors * values[:, None]) @ vectors.mT, none, none
+
+
+def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return torch.linalg.eigh(stack)
+    except torch.linalg.LinAlgError:  # single precision may fail to converge where many eigenvalues are equal
+        values, vectors = torch.linalg.eigh(stack.double())
+        return values.to(stack.dtype), vectors.to(stack.dtype)
 
 
 def mode_grams(tensor: Tensor) -> list[Tensor]:
