@@ -84,8 +84,7 @@ def tasks_of(records: Records, claim: Claim) -> list[str]:
 
 def runs_of(records: Records, task: str, optimizer: str, alone: bool = False) -> pd.DataFrame:
     """A method's final runs on a task by seed; as many as the profile asks for, or the claim is not tested."""
-    finals = records.finals
-    runs = finals[(finals.task == task) & (finals.optimizer == optimizer)].set_index("seed")
+    runs = records.methods.get(task, {}).get(optimizer, records.finals.head(0)).set_index("seed")
     needed = max(records.seeds(task), 2)
     if len(runs) < needed:
         raise NotTestedError(f"{optimizer} has {len(runs)} of {needed} seeds on {task}")

@@ -61,11 +61,10 @@ def scale_of(records: Records, task: str, measure: str) -> tuple[float, bool]:
 def labels_of(records: Records, task: str) -> list[tuple[str, str, str]]:
     """(optimizer, label, kind) of each method with final runs on a task; diverged seeds are told in the label."""
     entries = []
-    for of, optimizer, runs in tables.methods(records):
-        if of == task:
-            diverged = int((runs.status == "diverged").sum())
-            label = runs.label.iloc[0] + (f" ({diverged}/{len(runs)} div.)" if diverged else "")
-            entries.append((optimizer, label, runs.kind.iloc[0]))
+    for _, optimizer, runs in tables.methods(records, task):
+        diverged = int((runs.status == "diverged").sum())
+        label = runs.label.iloc[0] + (f" ({diverged}/{len(runs)} div.)" if diverged else "")
+        entries.append((optimizer, label, runs.kind.iloc[0]))
     return entries
 
 
@@ -78,9 +77,7 @@ def mean_curves(records: Records, task: str) -> pd.DataFrame:
     Only evaluations that every seed reached: the mean of the seeds that survive a divergence would flatter the method.
     """
     parts = []
-    for of, optimizer, runs in tables.methods(records):
-        if of != task:
-            continue
+    for _, optimizer, runs in tables.methods(records, task):
         curves = [records.curves_by_run[run] for run in runs.run]
         length = min(len(curve) for curve in curves)
         part = {"optimizer": optimizer, "seeds": len(curves), "diverged": int((runs.status == "diverged").sum())}
@@ -126,8 +123,7 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
 
 def _best_words(records: Records, task: str) -> str:
     """The final training losses in words, best first, for readers who do not see the figure."""
-    table = tables.results(records)
-    table = table[table.task == task].sort_values("train_loss_mean")
+    table = tables.results(records, task).sort_values("train_loss_mean")
     parts = [
         f"{r.method} {'diverged' if r.diverged else tables.number(r.train_loss_mean, 3)}" for r in table.itertuples()
     ]
@@ -140,9 +136,8 @@ def _best_words(records: Records, task: str) -> str:
 def step_sizes(records: Records, task: str) -> Drawn | None:
     """Per-layer step sizes over time (median over seeds), beside the tuned rates; None where no method has any."""
     found = {}
-    for of, optimizer, runs in tables.methods(records):
-        layers = [records.layers(run) for run in runs.run] if of == task else []
-        layers = pd.concat(layers) if layers else pd.DataFrame(columns=["quantity"])
+    for _, optimizer, runs in tables.methods(records, task):
+        layers = pd.concat([records.layers(run) for run in runs.run])
         sizes = layers[layers.quantity == "step_size"]
         if len(sizes):
             found[optimizer] = sizes.groupby(["layer", "step"], sort=False).value.median().reset_index()
@@ -220,7 +215,7 @@ def trial_values(records: Records, task: str) -> pd.DataFrame:
 
 def untuned(records: Records, task: str) -> dict[str, pd.DataFrame]:
     """Final runs of the methods without any trial on a task, by method: the flat lines."""
-    return {o: r for t, o, r in tables.methods(records) if t == task and not r.tuning.iloc[0].get("trials")}
+    return {o: r for _, o, r in tables.methods(records, task) if not r.tuning.iloc[0].get("trials")}
 
 
 def sensitivity(records: Records, task: str) -> Drawn | None:
@@ -271,8 +266,9 @@ def _width(rows: pd.DataFrame) -> float:
 
 
 def _first_value(records: Records, task: str, measure: str) -> float:
-    data = mean_curves(records, task)
-    return float(data[measure][data.evaluation == 0].max()) if len(data) else np.nan
+    """The largest value before training: where a value axis may end."""
+    runs = records.finals[records.finals.task == task].run
+    return max((records.curves_by_run[run][measure].iloc[0] for run in runs), default=np.nan)
 
 
 def best_of_k(records: Records, task: str) -> Drawn | None:

@@ -67,6 +67,14 @@ class Records:
         return runs[keep].sort_values(["task", "optimizer", "seed"], ignore_index=True)
 
     @cached_property
+    def methods(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """Final runs by task and optimizer."""
+        found = {}
+        for (task, optimizer), runs in self.finals.groupby(["task", "optimizer"]):
+            found.setdefault(task, {})[optimizer] = runs
+        return found
+
+    @cached_property
     def tasks(self) -> list[str]:
         """Tasks in the profile's order, then any other task that has final runs."""
         declared = [task for profile in self._profiles for task in profile.get("tasks") or []]
@@ -96,8 +104,8 @@ class Records:
 
     def config(self, task: str, optimizer: str) -> dict:
         """Resolved config of one final run of a method on a task ({} if there is none)."""
-        rows = self.finals[(self.finals.task == task) & (self.finals.optimizer == optimizer)]
-        return rows.config.iloc[0] if len(rows) else {}
+        runs = self.methods.get(task, {}).get(optimizer)
+        return {} if runs is None else runs.config.iloc[0]
 
     def surrogate(self, task: str) -> str:
         """What stands in for the task's original data set ("" where it is the original)."""

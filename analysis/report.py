@@ -75,8 +75,8 @@ def _replace(out: Path, fresh: Path) -> None:
 
 def write(records: Records, folder: Path) -> None:
     """Write the report's files into an existing folder."""
-    drawn = figures.draw_all(records, folder / "figures")
     results = tables.write(records, folder / "tables")
+    drawn = figures.draw_all(records, folder / "figures")
     judged = claims.judge(records)
     claims.write(judged, folder / "claims.json")
     for name in ("page.css", "page.js"):

@@ -17,13 +17,13 @@ BASE = "sgdm"  # the method whose cost is 1 and whose tuned result is the target
 COSTS = ("train_seconds", "gradient_equivalents", "step")
 
 
-def results(records: Records) -> pd.DataFrame:
-    """One row per task and method: means and deviations over seeds, costs relative to SGD-m, trials, divergence.
+def results(records: Records, *tasks: str) -> pd.DataFrame:
+    """One row per task (of those given, or of all) and method: means over seeds, costs relative to SGD-m, trials.
 
     Means are empty where a seed diverged: the mean of the survivors would hide it.
     """
     rows = []
-    for task, optimizer, runs in methods(records):
+    for task, optimizer, runs in methods(records, *tasks):
         finished = int((runs.status == "finished").sum())
         tuning = runs.tuning.iloc[0]
         row = {"task": task, "family": runs.family.iloc[0], "optimizer": optimizer, "method": runs.label.iloc[0]}
@@ -45,13 +45,12 @@ def results(records: Records) -> pd.DataFrame:
     return table
 
 
-def methods(records: Records):
-    """Yield `(task, optimizer, final runs)` in the order of every table."""
-    finals = records.finals
-    for task in records.tasks:
-        of_task = finals[finals.task == task]
-        for optimizer in order(of_task.optimizer):
-            yield task, optimizer, of_task[of_task.optimizer == optimizer]
+def methods(records: Records, *tasks: str):
+    """Yield `(task, optimizer, final runs)` of the given tasks, or of all, in the order of every table."""
+    for task in tasks or records.tasks:
+        of_task = records.methods.get(task, {})
+        for optimizer in order(of_task):
+            yield task, optimizer, of_task[optimizer]
 
 
 def targets(records: Records) -> dict[str, dict[str, float]]:
