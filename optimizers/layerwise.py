@@ -43,7 +43,8 @@ symbol  argument         meaning
 ======  ===============  ============================================================================================
 ``σ``   ``sigma``        dimensionless, not a learning rate; kept as the groups' ``lr`` so that schedulers can act on it
 –       ``averaging``    weight of the past in the averages
-``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good
+``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good, and
+                         where nearly all slope is noise, the step of the plain slope at a fifth of σ = 1 is safe
 ``τ``   ``trust``        longest step of a layer, relative to its weights
 ======  ===============  ============================================================================================
 """
@@ -88,7 +89,7 @@ class Layerwise(torch.optim.Optimizer):
         *,
         sigma: float = 2.0,
         averaging: float = 0.95,
-        floor: float = 0.02,
+        floor: float = 0.2,
         trust: float = 0.03,
         warmup: int = 20,
         growth: float = 1.1,
