@@ -297,20 +297,13 @@ class Trace:
 
     def gradients(self, cotangent: Tensor, retain_graph: bool = False) -> dict[Layer, list[Tensor]]:
         """Weight gradients ``∂⟨cotangent, outputs⟩/∂θ`` of every layer; zero where the outputs do not depend on it."""
-        gradients: dict[Layer, list[Tensor]] = {}
-
-        def visit(call: Call, delta: Tensor) -> None:
-            gradient = call.gradient(delta)
-            if call.layer in gradients:  # used twice
-                gradient = torch._foreach_add(gradients[call.layer], gradient)
-            gradients[call.layer] = list(gradient)
-
-        self.backward(cotangent, visit, retain_graph)
-        self._count(WEIGHT_GRADIENT)
-        return {
-            layer: gradients[layer] if layer in gradients else [torch.zeros_like(p) for p in layer.parameters]
-            for layer in self._layers
-        }
+        parameters = [p for layer in self._layers for p in layer.parameters]
+        flat = torch.autograd.grad(
+            self.outputs, parameters, cotangent, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
+        self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
+        flat = iter(flat)
+        return {layer: [next(flat) for _ in layer.parameters] for layer in self._layers}
 
     def backward(self, cotangent: Tensor, visit: Callable[[Call, Tensor], None], retain_graph: bool = False) -> None:
         """Propagate ``∂(Σ_i loss_i)/∂outputs`` back to all layers' outputs, and no weight gradients.
