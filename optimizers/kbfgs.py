@@ -191,6 +191,7 @@ class KBFGS(LayeredOptimizer):
         good_g = is_good(s, y, delta)
         self._update_g(state, s, y, good_g)
         s_a = state["H_a"] @ a
+        s_a = s_a / s_a.norm()
         y_a = state["A"] @ s_a + damping * s_a
         good_a = is_good(s_a, y_a, a)
         state["H_a"] = torch.where(good_a, bfgs(state["H_a"], s_a, y_a), state["H_a"])

@@ -40,7 +40,8 @@ def double_damping(s: Tensor, y: Tensor, hy: Tensor, damping: float) -> tuple[Te
     """Double damping: ``s`` and ``y`` with ``sᵀy ≥ √λ sᵀs``, and whether either was changed.
 
     (i) Where ``sᵀy ≤ 0.2 yᵀHy``: ``s ← θs + (1−θ)Hy``, so that ``sᵀy = 0.2 yᵀHy``. (ii) Where ``sᵀy ≤ √λ sᵀs``:
-    ``y ← θy + (1−θ)s``, so that ``sᵀy = √λ sᵀs``.
+    ``y ← θy + (1−θ)s``, so that ``sᵀy = √λ sᵀs``. The pair is returned in units of ``‖s‖``: updates do not depend on
+    a pair's scale, and products of tiny numbers leave single precision.
 
     Args:
         s: ``(n,)``.
@@ -48,13 +49,17 @@ def double_damping(s: Tensor, y: Tensor, hy: Tensor, damping: float) -> tuple[Te
         hy: ``H y``.
         damping: ``√λ`` in (0, 1).
     """
+    scale = s.norm()
+    s, y, hy = s / scale, y / scale, hy / scale
     sy, yhy = s @ y, y @ hy
     powell = sy <= POWELL * yhy
     theta = torch.where(powell, (1 - POWELL) * yhy / (yhy - sy), 1)
     s = theta * s + (1 - theta) * hy
-    sy, ss = s @ y, s @ s
-    marquardt = sy <= damping * ss
-    theta = torch.where(marquardt, (1 - damping) * ss / (ss - sy), 1)
+    scale = s.norm()
+    s, y = s / scale, y / scale
+    sy = s @ y
+    marquardt = sy <= damping
+    theta = torch.where(marquardt, (1 - damping) / (1 - sy), 1)
     return s, theta * y + (1 - theta) * s, powell | marquardt
 
 

@@ -42,8 +42,9 @@ def test_damping_formulas_reach_their_bounds():
     h = torch.diag(torch.tensor([2.0, 0.5])).double()
     damped_s, same_y, damped = double_damping(s, y, h @ y, 1e-9)
     assert damped
-    torch.testing.assert_close(damped_s @ same_y, 0.2 * (y @ h @ y))
-    torch.testing.assert_close(same_y, y)
+    unit = y.norm() / same_y.norm()
+    torch.testing.assert_close(unit * damped_s @ y, 0.2 * (y @ h @ y))
+    torch.testing.assert_close(unit * same_y, y)
     same_s, damped_y, damped = double_damping(s, 0.3 * s, 0.1 * s, 0.5)
     assert damped
     torch.testing.assert_close(same_s, s)
@@ -78,6 +79,15 @@ def test_bad_pairs_are_skipped():
     assert not is_good(e, e * torch.nan, e)
     assert not is_good(e, e * torch.inf, e)
     assert not is_good(0 * e, 0 * e, e)
+
+
+def test_scale_of_a_pair_does_not_matter_in_single_precision():
+    s, y = pairs(1)
+    results = []
+    for scale in (1.0, 1e-15):
+        s32, y32, _ = double_damping(scale * s[0].float(), scale * y[0].float(), scale * y[0].float(), 0.3)
+        results.append(bfgs(torch.eye(6), s32, y32))
+    torch.testing.assert_close(*results)
 
 
 @BOTH
