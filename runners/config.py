@@ -37,18 +37,28 @@ def resolve(cfg: DictConfig) -> DictConfig:
     Raises:
         ConfigError: naming the field, what is wrong with it, and what to type.
     """
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-    cfg.budget = _budget(cfg)
-    cfg.device = definite_device(str(cfg.device))
-    cfg.threads = definite_threads(cfg.threads)
+    cfg = complete(cfg)
     OmegaConf.resolve(cfg)
     _check(cfg)
     return cfg
 
 
-def digest(cfg: DictConfig) -> str:
-    """Twelve hexadecimal digits of what determines a run's result; `cfg` is resolved."""
-    parts = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in WHERE}
+def complete(cfg: DictConfig) -> DictConfig:
+    """A copy with budget, device and thread count made definite; references are left as they are.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    cfg.budget = _budget(cfg)
+    cfg.device = definite_device(str(cfg.device))
+    cfg.threads = definite_threads(cfg.threads)
+    return cfg
+
+
+def digest(config: dict) -> str:
+    """Twelve hexadecimal digits of what determines a run's result; `config` is resolved and plain."""
+    parts = {key: value for key, value in config.items() if key not in WHERE}
     parts["optimizer"] = {k: v for k, v in parts["optimizer"].items() if k != "search"}
     parts["optimizer"]["about"] = {k: parts["optimizer"]["about"][k] for k in ("name", "version")}
     parts["device"] = parts["device"].partition(":")[0]
@@ -59,9 +69,12 @@ def digest(cfg: DictConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_folder(cfg: DictConfig) -> Path:
+def run_folder(config: DictConfig | dict) -> Path:
     """Where the run of a resolved config has its record."""
-    return Path(cfg.results.root) / cfg.task.name / cfg.optimizer.about.name / digest(cfg)
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config)
+    names = config["task"]["name"], config["optimizer"]["about"]["name"]
+    return Path(config["results"]["root"]).joinpath(*names, digest(config))
 
 
 def stream_seed(seed: int, stream: str) -> int:

@@ -36,14 +36,14 @@ class Estimates:
 
     def seconds(self, job: Job) -> float:
         """Seconds for one run; 1 where nothing is known."""
-        budget, task = job.cfg.budget, job.cfg.task.name
-        if budget.seconds:
-            return budget.seconds
+        budget, (task, _) = job.config["budget"], job.pair
+        if budget["seconds"]:
+            return budget["seconds"]
         if job.pair in self.measured:
             epoch = self.measured[job.pair]
         else:
-            epoch = self.rough.get(task, 1.0) * RELATIVE_COST.get(job.cfg.optimizer.about.kind, 1.0)
-        return epoch * (budget.epochs or 1)
+            epoch = self.rough.get(task, 1.0) * RELATIVE_COST.get(job.config["optimizer"]["about"]["kind"], 1.0)
+        return epoch * (budget["epochs"] or 1)
 
     def total(self, jobs: Iterable[Job]) -> float:
         return sum(self.seconds(job) for job in jobs)

@@ -59,7 +59,7 @@ class Progress(threading.Thread):
     def _look(self) -> None:
         with self.lock:
             done = [job for job in self.waiting if job.is_done()]
-            self.waiting = [job for job in self.waiting if job not in done]
+            self.waiting = [job for job in self.waiting if job not in done]  # jobs compare by identity
             self.done += len(done)
             self.bar.n += sum(map(self.seconds, done))
             running = [job.name for job in self.waiting if self._is_running(job)]

@@ -89,7 +89,7 @@ def reproduce(cfg: DictConfig) -> None:
 
 def _print_plan(plan: Plan, jobs: list[Job], estimates: Estimates) -> None:
     for job in jobs:
-        settings = job.name if job.cfg.holdout or not job.values else " ".join(job.name.split()[:4]) + " tuned"
+        settings = job.name if job.is_trial or not job.values else " ".join(job.name.split()[:4]) + " tuned"
         seconds = f"{'' if estimates.is_measured(job) else '~'}{spoken(estimates.seconds(job))}"
         print(f"{'done' if job.is_done() else seconds:>8}  {settings}")
     left = [job for job in jobs if not job.is_done()]

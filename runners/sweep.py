@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import shlex
 from collections.abc import Iterable
@@ -18,32 +17,37 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runners.command import describe
-from runners.config import CONFIGS, definite_device, definite_threads, resolve, run_folder
+from runners.config import CONFIGS, complete, definite_device, definite_threads, resolve, run_folder
 from runners.record import is_done, read_summary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run to be made: what to type for it, its resolved config, and the folder of its record."""
 
     overrides: tuple[str, ...]
-    cfg: DictConfig
+    config: dict
     folder: Path
 
     @property
     def pair(self) -> tuple[str, str]:
         """Task and optimizer."""
-        return self.cfg.task.name, self.cfg.optimizer.about.name
+        return self.config["task"]["name"], self.config["optimizer"]["about"]["name"]
 
     @property
     def values(self) -> dict:
         """The searched settings of this run."""
-        return {field: self.cfg.optimizer[field] for field in self.cfg.optimizer.get("search") or {}}
+        settings = self.config["optimizer"]
+        return {field: settings[field] for field in settings.get("search") or {}}
+
+    @property
+    def is_trial(self) -> bool:
+        return self.config["holdout"]
 
     @property
     def name(self) -> str:
         """A short description for people."""
-        what = "trial" if self.cfg.holdout else f"seed {self.cfg.seed}"
+        what = "trial" if self.is_trial else f"seed {self.config['seed']}"
         settings = "".join(f" {field}={value:g}" for field, value in self.values.items())
         return " ".join([*self.pair, what]) + settings
 
@@ -95,16 +99,14 @@ class Sweep:
 
     def job(self, task: str, optimizer: str, seed: int, values: dict, *, tuning: dict | None = None) -> Job:
         """One run of a method with these searched settings; without `tuning`, searched settings make it a trial."""
-        choices, composed = self._composed(task, optimizer)
-        holdout = bool(values) and tuning is None
+        choices, cfg = self._composed(task, optimizer)
         fields = {f"optimizer.{field}": value for field, value in values.items()}
-        fields |= {"seed": seed, "holdout": holdout} | ({"tuning": tuning} if tuning else {})
-        cfg = copy.deepcopy(composed)
+        fields |= {"seed": seed, "holdout": bool(values) and tuning is None} | ({"tuning": tuning} if tuning else {})
         for field, value in fields.items():
-            OmegaConf.update(cfg, field, value)
-        cfg = resolve(cfg)
+            OmegaConf.update(cfg, field, value)  # in place: the same fields are set for the pair's every job
+        config = OmegaConf.to_container(cfg, resolve=True)
         overrides = (*choices, *(f"{field}={_text(value)}" for field, value in fields.items()))
-        return Job(overrides, cfg, run_folder(cfg))
+        return Job(overrides, config, run_folder(config))
 
     def search_of(self, task: str, optimizer: str) -> tuple[DictConfig, dict]:
         """The task's config and the method's search space ({} if it is not tuned)."""
@@ -134,9 +136,9 @@ class Sweep:
         schedule = self.profile.schedules.get(task)
         if schedule and cfg.optimizer.get("search"):
             choices = (*choices, f"schedule={schedule}")
-            cfg = self._compose(*choices)
+            cfg.schedule = OmegaConf.load(CONFIGS / "schedule" / f"{schedule}.yaml")
         del cfg["hydra"]
-        return choices, cfg
+        return choices, complete(cfg)
 
     def _compose(self, *overrides: str, mode: RunMode = RunMode.RUN) -> DictConfig:
         cfg = self.hydra.compose_config("config", list(overrides), run_mode=mode, with_log_configuration=False)

@@ -109,8 +109,7 @@ def select(jobs: Sequence[Job], metric: str, mode: str) -> dict:
 
 def record_search(sweep: Sweep, jobs: Sequence[Job]) -> dict:
     """Select among finished trials and keep the whole search in `tuning/<task>/<optimizer>.json`."""
-    rule = jobs[0].cfg.task.select
-    outcome = select(jobs, rule.metric, rule.mode)
+    outcome = select(jobs, **jobs[0].config["task"]["select"])
     path = tuning_file(sweep, *jobs[0].pair)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, outcome)
