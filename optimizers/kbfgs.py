@@ -49,7 +49,7 @@ from torch import Tensor
 
 from optimizers.kfac import _is_factored, _rows
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
-from optimizers.layered import LayeredOptimizer, RandomState, check, fill_gradients
+from optimizers.layered import LayeredOptimizer, RandomState, check
 from optimizers.layers import Call, Layer, LinearGraphLayer, Trace, frozen_statistics
 from optimizers.objective import Minibatch
 from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
@@ -106,7 +106,7 @@ class KBFGS(LayeredOptimizer):
         for call in trace.calls:
             if call.layer in self._blocks:  # a hook that knew the output would hold it in a cycle
                 call.output.register_hook(partial(before.add, _mean_call(call)))
-        loss = fill_gradients(closure, trace)
+        loss = closure.fill_gradients(trace)
         self._update_a(trace, closure.size)
         for block in (*self._blocks.values(), *self._others):
             self._move(block)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from optimizers.layers import ACTIVATION_BACKWARD, WEIGHT_GRADIENT, Layer, Trace
+from optimizers.layers import Layer
 from optimizers.objective import Minibatch
 
 
@@ -49,18 +49,6 @@ class LayeredOptimizer(torch.optim.Optimizer):
         """``g + w θ``: the gradient of the loss plus ``½ w ‖θ‖²``."""
         decay = self.group(parameter)["weight_decay"]
         return parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
-
-
-def fill_gradients(minibatch: Minibatch, trace: Trace) -> Tensor:
-    """Fill ``.grad`` by one ordinary backward pass, in which hooks on all calls' outputs fire; returns the loss."""
-    parameters = [p for layer in minibatch.objective.layers for p in layer.parameters]
-    with torch.enable_grad():
-        loss = minibatch.loss(trace.outputs)
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    minibatch.count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
-    for p, g in zip(parameters, gradients, strict=True):
-        p.grad = g
-    return loss.detach()
 
 
 def dot(xs, ys) -> Tensor:

@@ -30,7 +30,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optimizers.layered import RandomState, dot, fill_gradients
+from optimizers.layered import RandomState, dot
 from optimizers.layers import (
     FORWARD,
     TANGENT,
@@ -74,7 +74,7 @@ class Curvature:
         for call in trace.calls:
             call.output.register_hook(partial(self._adjoints.__setitem__, call))
             call.inputs, call.output = (), (None if recompute else call.output.detach())
-        self.loss = fill_gradients(minibatch, trace)
+        self.loss = minibatch.fill_gradients(trace)
 
     @torch.no_grad()
     def __call__(self, direction: dict[Tensor, Tensor]) -> Tensor:
