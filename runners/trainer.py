@@ -17,17 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import Batch, Batches, Dataset, Split
+from data.batches import Batch, Batches, Dataset
 from optimizers import Objective
 from runners import checkpoint, record
 from runners.clock import Clock
 from runners.config import ConfigError, check_writable, run_folder, stream_seed
+from runners.evaluation import measure, set_mode
 from runners.memory import PeakMemory, traced_peak
 from runners.provenance import provenance
 from runners.signals import Interrupted, StopSignals
 
 CHECKPOINT_EVERY = 30.0  # seconds at least between checkpoints; they are written at evaluations
-CUDA_CHUNK = 1000  # examples per forward pass of an evaluation; the CPU's cache prefers the training batch size
 HOLDOUT = 0.1  # of the training set, in tuning
 UNRECORDED = ("data", "results", "tracker", "progress", "dry_run", "tuning")  # config of the place, not of the run
 
@@ -219,30 +219,15 @@ class Trainer:
             "gradient_equivalents": self.objective.gradient_equivalents,
         }
         splits = {"train": self.dataset.train, "val": self.dataset.validation, "test": self.dataset.test}
-        self._set_mode("eval")
-        measured = {name: self._measure(split) if split else (None, None) for name, split in splits.items()}
-        self._set_mode("train")
+        set_mode("eval", self.model, self.optimizer)
+        measured = {
+            name: measure(self.model, self.likelihood, split, self.batches.batch_size) if split else (None, None)
+            for name, split in splits.items()
+        }
+        set_mode("train", self.model, self.optimizer)
         row |= {f"{name}_loss": loss for name, (loss, _) in measured.items()}
         row |= {f"{name}_{self.likelihood.metric_name}": measured[name][1] for name in ("val", "test")}
         return row
-
-    @torch.no_grad()
-    def _measure(self, split: Split) -> list[float]:
-        """Mean loss and mean metric over a whole split."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        chunk = self.batches.batch_size
-        if chunk is not None and self.device.type == "cuda":
-            chunk = max(chunk, CUDA_CHUNK)
-        for inputs, targets, rows in Batches(split, chunk, shuffle=False, drop_last=False):
-            outputs = self.model(*inputs) if rows is None else self.model(*inputs)[rows]
-            for i, measure in enumerate((self.likelihood.nll, self.likelihood.metric)):
-                total[i] += measure(outputs, targets).sum(dtype=torch.float64)
-        return (total / len(split)).tolist()
-
-    def _set_mode(self, mode: str) -> None:
-        """`train` or `eval`, for the model and for optimizers that keep two sets of weights."""
-        for part in (self.model, self.optimizer):
-            getattr(part, mode, lambda: None)()
 
     def _first_bad_loss(self) -> int | None:
         """The first step since the last evaluation whose loss is not finite."""
@@ -254,23 +239,21 @@ class Trainer:
     # What a run is made of --------------------------------------------------------------------------------------------
 
     def _load_data(self) -> Dataset:
-        cfg = self.cfg
+        cfg, size = self.cfg, self.cfg.task.batch_size
         dataset = instantiate(cfg.task.data, root=Path(cfg.data.root), cache=Path(cfg.data.cache))
         if cfg.holdout:
             dataset = dataset.holdout(HOLDOUT, torch.Generator().manual_seed(stream_seed(cfg.seed, "holdout")))
-        if cfg.task.batch_size != "full" and cfg.task.batch_size > len(dataset.train):
+        if size != "full" and size > len(dataset.train):
             raise ConfigError(
-                f"task.batch_size is {cfg.task.batch_size} but there are {len(dataset.train)} training examples; "
+                f"task.batch_size is {size} but there are {len(dataset.train)} training examples; "
                 "type task.batch_size=N with at most that, or task.batch_size=full"
             )
         return dataset.to(self.device)
 
     def _generators(self) -> dict[str, torch.Generator]:
         devices = {"order": "cpu", "augmentation": self.device, "labels": self.device}
-        return {
-            name: torch.Generator(device).manual_seed(stream_seed(self.cfg.seed, name))
-            for name, device in devices.items()
-        }
+        seed = self.cfg.seed
+        return {name: torch.Generator(at).manual_seed(stream_seed(seed, name)) for name, at in devices.items()}
 
     def _make_batches(self, generators: dict[str, torch.Generator]) -> Batches:
         task = self.cfg.task
@@ -289,10 +272,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(self.cfg.seed, "init"))
             model = instantiate(self.cfg.task.model)
-        model = model.to(self.device, getattr(torch, self.cfg.task.dtype)).train()
+        model = model.to(self.device, getattr(torch, self.cfg.task.dtype))
         objective = Objective(model, self.likelihood, generators["labels"], population=len(self.dataset.train))
         settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
         optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
+        set_mode("train", model, optimizer)
         return model, objective, optimizer
 
     def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
@@ -328,7 +312,7 @@ class Trainer:
                 "memory": self.memory.bytes,
             },
         )
-        record.write_table(self.folder / "layers.csv", record.LAYER_COLUMNS, self.layers)
+        self._write_layers()
         self.checkpointed = time.monotonic()
 
     def _restore(self, state: dict) -> None:
@@ -353,15 +337,19 @@ class Trainer:
     def _write(self, status: str, message: str | None) -> None:
         """The record of a run that has ended, whichever way; the summary makes it final."""
         self._write_metrics()
-        if self.layers:
-            record.write_table(self.folder / "layers.csv", record.LAYER_COLUMNS, self.layers)
+        self._write_layers()
         record.write_json(self.folder / "summary.json", self._summary(status, message))
         if status in record.DONE:
+            set_mode("eval", self.model, self.optimizer)
             checkpoint.finish(self.folder, None if self.cfg.holdout else self.model.state_dict())
 
     def _write_metrics(self) -> None:
         columns = record.columns(self.likelihood.metric_name)
         record.write_table(self.folder / "metrics.csv", columns, ([row[name] for name in columns] for row in self.rows))
+
+    def _write_layers(self) -> None:
+        if self.layers:
+            record.write_table(self.folder / "layers.csv", record.LAYER_COLUMNS, self.layers)
 
     def _summary(self, status: str, message: str | None) -> dict:
         cfg, about = self.cfg, self.cfg.optimizer.about
@@ -397,9 +385,9 @@ class Trainer:
         OmegaConf.save({key: value for key, value in self.cfg.items() if key not in UNRECORDED}, file)
 
     def _progress(self) -> tqdm:
-        total = self.last_step if math.isfinite(self.last_step) else None
-        name = f"{self.cfg.task.name} {self.cfg.optimizer.about.name} seed {self.cfg.seed}"
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(
-            total=total, desc=name, unit="step", disable=not self.cfg.progress, mininterval=interval, leave=False
+        bar = tqdm(
+            unit="step", leave=False, mininterval=0.1 if sys.stderr.isatty() else 10, disable=not self.cfg.progress
         )
+        bar.total = self.last_step if math.isfinite(self.last_step) else None
+        bar.set_description_str(f"{self.cfg.task.name} {self.cfg.optimizer.about.name} seed {self.cfg.seed}")
+        return bar
