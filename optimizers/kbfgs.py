@@ -20,8 +20,10 @@ without weight gradients.
 **Convolutions and graphs** (derived; the follow-up, arXiv:2102.06737, has the same factors for convolutions by its
 abstract and by public code that is not its authors'). With *rows* as in ``optimizers.kfac`` (positions of an image,
 nodes of a graph), products of different rows dropped, the block is ``G ⊗ A`` with ``A`` summed over an example's rows
-and ``G`` one row's own Hessian, whose secant pair is the change of the means over all rows. The follow-up's other
-damping, ``y ← y + √λ s``, is not used. BatchNorm and all other layers take the averaged gradient ``M``.
+and ``G`` one row's own Hessian, whose secant pair is the change of the means over all rows. For convolutions ``A`` is
+the present batch's, as in that code, so that only ``A s_a`` is needed, two convolutions of one channel; its other
+damping, ``y ← y + √λ s``, is not used. Ahead of BatchNorm the mean of ``∂loss/∂z`` is zero and damping alone shapes
+``H_g``. BatchNorm and all other layers take the averaged gradient ``M``.
 
 Departures: the first ``A`` is the first minibatch's, where the code passes over the data once; ``A`` is a plain mean
 until its weight ``1/t`` has fallen to ``1−ρ``; decay is decoupled as in the rest of this group's code, where the
@@ -41,16 +43,18 @@ symbol  argument            meaning
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from optimizers.kfac import _is_factored, _rows
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
 from optimizers.layered import LayeredOptimizer, RandomState, check
-from optimizers.layers import Call, Layer, LinearGraphLayer, Trace, frozen_statistics
+from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, Trace, frozen_statistics
 from optimizers.objective import Minibatch
 from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
 
@@ -107,7 +111,7 @@ class KBFGS(LayeredOptimizer):
             if call.layer in self._blocks:  # a hook that knew the output would hold it in a cycle
                 call.output.register_hook(partial(before.add, _mean_call(call)))
         loss = closure.fill_gradients(trace)
-        self._update_a(trace, closure.size)
+        actions = self._update_a(trace, closure.size)
         for block in (*self._blocks.values(), *self._others):
             self._move(block)
         with frozen_statistics(closure.objective.model), random_state.replayed():
@@ -116,7 +120,8 @@ class KBFGS(LayeredOptimizer):
             trace.backward(residual, after.add)
         past = self.averaging if closure.sampling_noise else 0.0
         for block in before.values:
-            self._update_inverses(block, closure.size, before.values[block], after.values[block], past)
+            self._update_g_of(block, closure.size, before.values[block], after.values[block], past)
+            self._update_h_a(block, *actions[block], mean=before.values[block][0])
         return loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -141,23 +146,39 @@ class KBFGS(LayeredOptimizer):
 
     # The step's parts -------------------------------------------------------------------------------------------------
 
-    def _update_a(self, trace: Trace, size: int) -> None:
-        """The averages ``A``; a statistic that is not finite is left out."""
-        for block, second_moment in _second_moments(trace, self._blocks, size).items():
+    def _update_a(self, trace: Trace, size: int) -> dict[Block, tuple[Tensor, Tensor]]:
+        """Take the batch into ``A``; by block, ``s_a`` of unit length and ``A s_a``."""
+        calls = defaultdict(list)
+        for call in trace.calls:
+            if call.layer in self._blocks:
+                calls[self._blocks[call.layer]].append(call)
+        actions = {}
+        for block, its_calls in calls.items():
             state = self.state[block.parameters[0]]
-            state["updates"] = state.get("updates", 0) + 1
-            if state["updates"] == 1:
-                state["A"] = second_moment
-                damped = second_moment + self._damping(block) * torch.eye(len(second_moment)).to(second_moment)
-                state["H_a"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
-                row = block.parameters[0].flatten(1)[:, 0]
-                state["s"], state["y"] = torch.zeros_like(row), torch.zeros_like(row)
-                state["counts"] = row.new_zeros(3)
-                self._start_g(state, row)
-            else:
+            convolution = isinstance(block.layer, ConvolutionLayer)
+            if "H_a" not in state:
+                self._start(block, state, _second_moment(its_calls, size), keep=not convolution)
+            elif not convolution:
+                moment = _second_moment(its_calls, size)
+                state["updates"] += 1
+                finite = moment.diagonal().isfinite().all()
                 weight = max(1 - self.averaging, 1 / state["updates"])
-                finite = second_moment.diagonal().isfinite().all()
-                state["A"].lerp_(torch.where(finite, second_moment, state["A"]), weight)
+                state["A"].lerp_(torch.where(finite, moment, state["A"]), weight)
+            s_a = state["H_a"] @ sum(_mean_row(call) for call in its_calls)
+            s_a = s_a / s_a.norm()
+            action = sum(_action(call, block, s_a) for call in its_calls) / size if convolution else state["A"] @ s_a
+            actions[block] = (s_a, action)
+        return actions
+
+    def _start(self, block: Block, state: dict, a: Tensor, keep: bool) -> None:
+        """The layer's state before its first step, from its first ``A``."""
+        damped = a + self._damping(block) * torch.eye(len(a), dtype=a.dtype, device=a.device)
+        state["H_a"] = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+        if keep:
+            state["A"], state["updates"] = a, 1
+        row = block.parameters[0].flatten(1)[:, 0]
+        state["s"], state["y"], state["counts"] = torch.zeros_like(row), torch.zeros_like(row), row.new_zeros(3)
+        self._start_g(state, row)
 
     def _damping(self, block: Block) -> float:
         return self.group(block.parameters[0])["damping"] ** 0.5
@@ -179,23 +200,23 @@ class KBFGS(LayeredOptimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"].lerp_(p.grad, 1 - self.group(p)["momentum"])
 
-    def _update_inverses(self, block: Block, size: int, before: list, after: list, past: float) -> None:
-        """Steps 3 to 6 for one layer; ``before``, ``after``: means of ``ā``, ``z`` and ``∂(mean loss)/∂z``."""
-        state, damping = self.state[block.parameters[0]], self._damping(block)
-        (a, z, delta), (_, new_z, new_delta) = before, after
-        delta, new_delta = size * delta, size * new_delta
-        for name, change in (("s", new_z - z), ("y", new_delta - delta)):
+    def _update_g_of(self, block: Block, size: int, before: list, after: list, past: float) -> None:
+        """Steps 3 to 5 for one layer; ``before``, ``after``: means of ``ā``, ``z`` and ``∂(mean loss)/∂z``."""
+        state, (_, z, delta), (_, new_z, new_delta) = self.state[block.parameters[0]], before, after
+        for name, change in (("s", new_z - z), ("y", size * (new_delta - delta))):
             averaged = past * state[name] + (1 - past) * change
             state[name] = torch.where(averaged.isfinite().all(), averaged, state[name])
-        s, y, damped = double_damping(state["s"], state["y"], self._apply_g(state, state["y"]), damping)
-        good_g = is_good(s, y, delta)
-        self._update_g(state, s, y, good_g)
-        s_a = state["H_a"] @ a
-        s_a = s_a / s_a.norm()
-        y_a = state["A"] @ s_a + damping * s_a
-        good_a = is_good(s_a, y_a, a)
-        state["H_a"] = torch.where(good_a, bfgs(state["H_a"], s_a, y_a), state["H_a"])
-        state["counts"] += torch.stack([~good_g, ~good_a, damped])
+        s, y, damped = double_damping(state["s"], state["y"], self._apply_g(state, state["y"]), self._damping(block))
+        good = is_good(s, y, size * delta)
+        self._update_g(state, s, y, good)
+        state["counts"] += torch.stack([~good, torch.zeros_like(good), damped])
+
+    def _update_h_a(self, block: Block, s_a: Tensor, action: Tensor, mean: Tensor) -> None:
+        """Step 6 for one layer; ``action``: ``A s_a``."""
+        state, y_a = self.state[block.parameters[0]], action + self._damping(block) * s_a
+        good = is_good(s_a, y_a, mean)
+        state["H_a"] = torch.where(good, bfgs(state["H_a"], s_a, y_a), state["H_a"])
+        state["counts"][1] += ~good
 
 
 class KBFGSL(KBFGS):
@@ -253,12 +274,22 @@ def _mean_call(call: Call) -> Call:
     return Call(call.layer, (call.inputs[0].mean(0, keepdim=True),), None)
 
 
-def _second_moments(trace: Trace, blocks: dict[Layer, Block], size: int) -> dict[Block, Tensor]:
-    """``Σ_r ā_r ā_rᵀ / m`` by block."""
-    moments: dict[Block, Tensor] = {}
-    for call in trace.calls:
-        if call.layer in blocks:
-            block = blocks[call.layer]
-            a, _ = _rows(call, call.output.detach())
-            moments[block] = moments.get(block, 0) + a.T @ a / size
-    return moments
+def _mean_row(call: Call) -> Tensor:
+    """The mean of ``ā`` over the call's rows."""
+    return _rows(_mean_call(call), call.output[:1, :1])[0].mean(0)
+
+
+def _second_moment(calls: list[Call], size: int) -> Tensor:
+    """``Σ_r ā_r ā_rᵀ / m``."""
+    rows = [_rows(call, call.output[:, :1])[0] for call in calls]
+    return sum(a.T @ a for a in rows) / size
+
+
+def _action(call: Call, block: Block, s: Tensor) -> Tensor:
+    """``Σ_r ā_r (ā_rᵀ s)`` of a convolution, by one output channel of it and that channel's weight gradient."""
+    conv, x = call.layer.module, call.inputs[0]
+    shape, geometry = (1, *conv.weight.shape[1:]), (conv.stride, conv.padding, conv.dilation)
+    weight, bias = s.split(block.widths) if len(block.widths) == 2 else (s, None)
+    products = F.conv2d(x, weight.view(shape), bias, *geometry)
+    parts = [torch.nn.grad.conv2d_weight(x, shape, products, *geometry).flatten()]
+    return torch.cat(parts if bias is None else [*parts, products.sum().view(1)])

@@ -179,7 +179,7 @@ def test_kronecker_least_squares_in_few_steps(method):
 def test_a_convolution_as_wide_as_its_image_is_a_linear_layer(method):
     torch.manual_seed(0)
     x, y = torch.randn(12, 2, 3, 3, dtype=torch.float64), torch.rand(12, 4, dtype=torch.float64)
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(18, 4)).double()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(18, 4)).double()  # the same batch: its A is the average
     convolution = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()).double()
     convolution[0].weight.data = linear[1].weight.data.view(4, 2, 3, 3).clone()
     convolution[0].bias.data = linear[1].bias.data.clone()
