@@ -9,8 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+import hydra.utils
 import torch
 
+from runners.config import CALLABLE
 from runners.record import replace_file
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
@@ -31,11 +33,19 @@ def load(folder: Path, device: torch.device) -> dict | None:
         if not path.exists():
             continue
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return _read(path, device)
         except Exception as error:  # a damaged file shows in many ways: zip, pickle, storage sizes
             reason = " ".join(str(error).split())[:120]
             print(f"warning: {path} is damaged and left out ({type(error).__name__}: {reason})", file=sys.stderr)
     return None
+
+
+def _read(path: Path, device: torch.device) -> dict:
+    """Tensors and plain values, and objects that optimizers of the declared packages keep in their state."""
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    declared = [hydra.utils.get_object(name) for name in foreign if name.startswith(tuple(f"{p}." for p in CALLABLE))]
+    with torch.serialization.safe_globals(declared):
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def finish(folder: Path, weights: dict | None) -> None:

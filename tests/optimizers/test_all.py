@@ -10,10 +10,13 @@ from tests.optimizers import cases
 
 
 def supported(name: str):
-    """A small network and an optimizer on it, or a skip where the method refuses one of its layers by name."""
+    """A small network and an optimizer on it."""
     model = cases.small_network()
-    optimizer = cases.build(name, model.parameters())
-    return model, optimizer
+    return model, on_small_network(name, model.parameters())
+
+
+def on_small_network(name: str, params):
+    return cases.build(name, params, **cases.FOR_SMALL_NETWORK.get(name, {}))
 
 
 def step(name: str, optimizer, closure):
@@ -57,10 +60,8 @@ def test_state_dict_round_trip_continues_bit_for_bit(name):
     twin = copy.deepcopy(model)
     twin_objective = cases.small_objective(twin, population=100)
     twin_objective.generator.set_state(objective.generator.get_state())
-    twin_optimizer = cases.build(name, twin.parameters())
+    twin_optimizer = on_small_network(name, twin.parameters())
     twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    if hasattr(twin_optimizer, "train"):
-        twin_optimizer.train()
     rng = torch.get_rng_state()
     for _ in range(6):
         step(name, optimizer, objective(x, y))
@@ -72,12 +73,14 @@ def test_state_dict_round_trip_continues_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_state_dict_survives_a_file(name, tmp_path):
+def test_state_survives_a_checkpoint(name, tmp_path):
+    from runners import checkpoint
+
     model, optimizer = supported(name)
-    objective = cases.small_objective(model)
-    step(name, optimizer, objective(*cases.small_batch()))
-    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    torch.load(tmp_path / "state.pt", weights_only=True)
+    step(name, optimizer, cases.small_objective(model)(*cases.small_batch()))
+    checkpoint.save(tmp_path, optimizer.state_dict())
+    state = checkpoint.load(tmp_path, torch.device("cpu"))
+    on_small_network(name, model.parameters()).load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", cases.NAMES)
@@ -89,7 +92,7 @@ def test_parameter_groups_have_their_own_weight_decay(name):
         head = list(model[6].parameters())
         body = [p for p in model.parameters() if all(p is not q for q in head)]
         groups = [{"params": head, "weight_decay": decay}, {"params": body, "weight_decay": 0.0}]
-        optimizer = cases.build(name, groups)
+        optimizer = on_small_network(name, groups)
         objective = cases.small_objective(model)
         for _ in range(30):
             step(name, optimizer, objective(*cases.small_batch()))
@@ -133,7 +136,7 @@ def test_frozen_parameters_stay_and_the_others_learn(name):
     model, _ = supported(name)
     model[4].requires_grad_(False)
     frozen = model[4].weight.clone()
-    optimizer = cases.build(name, [p for p in model.parameters() if p.requires_grad])
+    optimizer = on_small_network(name, [p for p in model.parameters() if p.requires_grad])
     objective = cases.small_objective(model)
     losses = [step(name, optimizer, objective(*cases.small_batch())) for _ in range(40)]
     assert torch.equal(model[4].weight, frozen)
