@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,13 @@ HESSIAN_VECTOR_PRODUCT = 2.0
 LINEAR_GRAPH_LAYERS = {"GCNConv", "SAGEConv", "GraphConv", "SGConv", "TAGConv", "ChebConv", "ClusterGCNConv", "LEConv"}
 
 _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class Ghost(NamedTuple):
+    """A layer's output whose values have been let go: all that tangents ask of one."""
+
+    shape: torch.Size
+    grad_fn: torch.autograd.graph.Node
 
 
 class Layer:
@@ -67,7 +75,8 @@ class Layer:
 
     def slopes(self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
-        return (delta * self.tangent(inputs, output, direction)).flatten(1).sum(1)
+        product = delta * self.tangent(inputs, output, direction)
+        return product.sum(tuple(range(1, product.dim())))
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
         """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
@@ -89,7 +98,7 @@ class LinearLayer(Layer):
     def tangent(self, inputs, output, direction):
         weight, bias = self._direction(direction)
         if weight is None:
-            return bias.expand_as(output)
+            return bias.expand(output.shape)
         return F.linear(inputs[0], weight, bias)
 
 
@@ -109,8 +118,8 @@ class ConvolutionLayer(Layer):
     def tangent(self, inputs, output, direction):
         conv, (weight, bias) = self.module, self._direction(direction)
         if weight is None:
-            return bias.view(-1, *[1] * (output.dim() - 2)).expand_as(output)
-        form = (F.conv1d, F.conv2d, F.conv3d)[output.dim() - 3]
+            return bias.view(-1, *[1] * (len(output.shape) - 2)).expand(output.shape)
+        form = (F.conv1d, F.conv2d, F.conv3d)[len(output.shape) - 3]
         return form(inputs[0], weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -122,33 +131,32 @@ class NormalisationLayer(Layer):
     on each example apart, so this layer's own pairing is exact.
     """
 
-    def _moments(self, inputs: tuple, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Per example ``(δ x̂, δ)`` summed over the positions that share one ``γ``: each ``(m, *γ.shape)``."""
-        norm, x = self.module, inputs[0]
-        if isinstance(norm, nn.LayerNorm):
-            x_hat = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-            shared = tuple(range(1, x.dim() - len(norm.normalized_shape)))
-        else:
-            if isinstance(norm, nn.GroupNorm):
-                x_hat = F.group_norm(x, norm.num_groups, eps=norm.eps)
-            else:
-                batch = norm.training or norm.running_mean is None
-                stats = (None, None) if batch else (norm.running_mean, norm.running_var)
-                x_hat = F.batch_norm(x, *stats, training=batch, eps=norm.eps)
-            shared = tuple(range(2, x.dim()))
-        if not shared:
-            return delta * x_hat, delta
-        return (delta * x_hat).sum(shared), delta.sum(shared)
-
     def gradient(self, inputs, output, delta):
-        scaled, plain = self._moments(inputs, delta)
-        return self._named(weight=lambda: scaled.sum(0), bias=lambda: plain.sum(0))
+        with torch.enable_grad():  # the adjoint of the tangent
+            direction = [torch.zeros_like(p, requires_grad=True) for p in self.parameters]
+            return list(torch.autograd.grad(self.tangent(inputs, output, direction), direction, delta))
 
-    def slopes(self, inputs, output, delta, direction):
-        scaled, plain = self._moments(inputs, delta)
-        weight, bias = self._direction(direction)
-        terms = [moment * d for moment, d in ((scaled, weight), (plain, bias)) if d is not None]
-        return sum(terms).flatten(1).sum(1)
+    def tangent(self, inputs, output, direction):
+        norm, x, (weight, bias) = self.module, inputs[0], self._direction(direction)
+        if weight is None:
+            shared = 0 if isinstance(norm, nn.LayerNorm) else len(output.shape) - 2
+            return bias.view(*bias.shape, *[1] * shared).expand(output.shape)
+        if isinstance(norm, nn.LayerNorm):
+            return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+        if isinstance(norm, nn.GroupNorm):
+            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        mean, variance = self._statistics(x, output)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
+
+    def _statistics(self, x: Tensor, output: Tensor | Ghost) -> tuple[Tensor, Tensor]:
+        """The mean and variance that BatchNorm used."""
+        norm = self.module
+        if not norm.training and norm.running_mean is not None:
+            return norm.running_mean, norm.running_var
+        if hasattr(output.grad_fn, "_saved_result2"):  # kept for backward; finding them anew is most of a BatchNorm
+            return output.grad_fn._saved_result1, output.grad_fn._saved_result2.pow(-2) - norm.eps
+        variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
+        return mean, variance
 
 
 class EmbeddingLayer(Layer):
@@ -212,7 +220,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
 class Call:
     """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap)."""
 
-    def __init__(self, layer: Layer, inputs: tuple, output: Tensor) -> None:
+    def __init__(self, layer: Layer, inputs: tuple, output: Tensor | Ghost) -> None:
         self.layer = layer
         self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
         self.output = output
@@ -257,6 +265,8 @@ class Trace:
         layers: the layers to tap.
         inputs: the model's inputs.
         count: called with the work of each pass, in gradient-equivalents.
+        keep_outputs: whether calls hold their outputs, or only what tangents ask of them: autograd itself does not
+            keep them all.
 
     Attributes:
         outputs: the model's outputs, with graph.
@@ -264,13 +274,19 @@ class Trace:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], inputs: tuple, count: Callable[[float], None]
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        inputs: tuple,
+        count: Callable[[float], None],
+        keep_outputs: bool = True,
     ) -> None:
         if not layers:
             raise ValueError("the model has no trainable parameters, so there is no layer to trace; unfreeze some")
         self.calls: list[Call] = []
         self._layers = layers
         self._count = count
+        self._keep_outputs = keep_outputs
         self._visitor = _Visitor()
         self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
         handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in layers]
@@ -289,7 +305,7 @@ class Trace:
                     f"layer '{layer.name}' ({type(module).__name__}) returns {type(output).__name__}; only layers that "
                     "return one tensor can be traced: freeze its parameters, or use an optimizer of gradients alone"
                 )
-            call = Call(layer, inputs, output)
+            call = Call(layer, inputs, output if self._keep_outputs else Ghost(output.shape, output.grad_fn))
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 

@@ -195,7 +195,8 @@ class Layerwise(torch.optim.Optimizer):
 
     def _measure(self, minibatch: Minibatch, search: dict) -> tuple[Tensor, Directions]:
         """Gradients, directions; the averages of slope, noise and curvature. Returns the loss and the directions."""
-        trace = minibatch.trace()
+        minibatch.objective.model.zero_grad(set_to_none=True)
+        trace = minibatch.trace(keep_outputs=False)
         loss = minibatch.fill_gradients(trace, retain_graph=True)
         directions = self._directions()
         length = torch.stack([_dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()

@@ -144,9 +144,9 @@ class Minibatch:
         with torch.no_grad(), frozen_statistics(self.objective.model):
             return self.loss(self.objective.model(*self.inputs))
 
-    def trace(self) -> Trace:
-        """One forward pass with the layers captured."""
-        return Trace(self.objective.model, self.objective.layers, self.inputs, self.count)
+    def trace(self, keep_outputs: bool = True) -> Trace:
+        """One forward pass with the layers captured; see ``Trace``."""
+        return Trace(self.objective.model, self.objective.layers, self.inputs, self.count, keep_outputs)
 
     def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
         """Fill ``.grad`` from a trace; returns the mean loss, detached."""
