@@ -4,6 +4,11 @@ After Martens and Grosse (arXiv:1503.05671; convolutions: Grosse and Martens, ar
 about averaging, damping and momentum was read in the public code of TNT (Ren, Goldfarb, NeurIPS 2021), where KFAC is
 the rival; rows, graph convolutions and repeated layers are derived here.
 
+One thing in that code is not followed. Its second backward pass, at sampled labels, adds to the activations' gradients
+that the first one, at the true labels, has left there, so that its ``δ`` is the sum of both and ``G`` far too large at
+first. On the MNIST autoencoder (rate 3e-3, λ 0.3) its notebook's training loss is 504, 230, 202 after epochs 1, 2, 3;
+this method with the sum for ``δ`` gives 521, 220, 201, and as it is written here 201, 188, 174.
+
 A layer that is linear in its parameters at every *row* ``r`` (an example; a position in one; a node of a graph), ``z_r
 = [W|b] ā_r``, ``ā = [a; 1]``, has the Fisher block ``F = (1/m) E[(Σ_r δ_r ⊗ ā_r)(Σ_r δ_r ⊗ ā_r)ᵀ]``, with ``δ_r = ∂(Σ_i
 loss_i)/∂z_r`` at labels drawn from the model. Dropping the products of different rows and taking ``δ`` and ``ā`` for
