@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -67,7 +68,10 @@ class Progress(threading.Thread):
             self.bar.set_description_str(f"{self.done}/{self.runs} runs {''.join(running[:1])}{more}")
 
     def _is_running(self, job: Job) -> bool:
-        try:
-            return (job.folder / "config.yaml").stat().st_mtime >= self.began
-        except OSError:
-            return False
+        """Begun since this bar was, and not ended in any way."""
+        begun, ended = (_changed(job.folder / name) for name in ("config.yaml", "summary.json"))
+        return begun >= self.began and ended < begun
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0

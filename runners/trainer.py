@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 import time
@@ -134,7 +135,8 @@ class Trainer:
         self.clock.start()
         try:
             while True:
-                self.losses.append(self.optimizer.step(self.objective(*self._next_batch())))
+                minibatch = self.objective(*self._next_batch())
+                self.losses.append(self.optimizer.step(minibatch))
                 self.step += 1
                 if self.scheduler is not None and self.step % len(self.batches) == 0:
                     self.scheduler.step()
@@ -142,8 +144,8 @@ class Trainer:
                 if self.step % self.evaluate_every == 0 or self._spent() or signals.received:
                     break
         except Exception:
-            # Methods that factorise what is no longer finite raise in many ways: that is divergence, not a failure.
-            if self._first_bad_loss() is None and all(p.isfinite().all() for p in self.model.parameters()):
+            # Methods that factorise or sample what is no longer finite raise in many ways: divergence, not failure.
+            if self._first_bad_loss() is None and minibatch.evaluate().isfinite():
                 raise
             self.diverged_at = self._first_bad_loss() or self.step + 1
         finally:
@@ -275,7 +277,8 @@ class Trainer:
         model = model.to(self.device, getattr(torch, self.cfg.task.dtype))
         objective = Objective(model, self.likelihood, generators["labels"], population=len(self.dataset.train))
         settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
-        optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
+        with contextlib.redirect_stdout(io.StringIO()):  # some packages greet; the last line out is the run's folder
+            optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
         set_mode("train", model, optimizer)
         return model, objective, optimizer
 
