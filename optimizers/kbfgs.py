@@ -77,8 +77,8 @@ class KBFGS(LayeredOptimizer):
     def __init__(
         self,
         params: Iterable,
-        lr: float = 0.3,
-        damping: float = 0.3,
+        lr: float = 0.1,
+        damping: float = 0.1,
         *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
