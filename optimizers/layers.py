@@ -67,15 +67,16 @@ class Layer:
         return list(torch.autograd.grad(output, self.parameters, delta, retain_graph=True))
 
     def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor]) -> Tensor:
-        """``ż = (∂z/∂θ) d``, the output's shape, for a direction ``d`` in the layer's parameters."""
+        """``ż = (∂z/∂θ) d``, a new tensor of the output's shape, for a direction ``d`` in the layer's parameters."""
         theta = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
         dot = dict(zip(self.names, direction, strict=True))
         with frozen_statistics(self.module):
-            return torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))[1]
+            _, tangent = torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))
+        return tangent.clone()
 
     def slopes(self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
-        product = delta * self.tangent(inputs, output, direction)
+        product = self.tangent(inputs, output, direction).mul_(delta)
         return product.sum(tuple(range(1, product.dim())))
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
@@ -98,7 +99,7 @@ class LinearLayer(Layer):
     def tangent(self, inputs, output, direction):
         weight, bias = self._direction(direction)
         if weight is None:
-            return bias.expand(output.shape)
+            return bias.expand(output.shape).clone()
         return F.linear(inputs[0], weight, bias)
 
 
@@ -118,7 +119,7 @@ class ConvolutionLayer(Layer):
     def tangent(self, inputs, output, direction):
         conv, (weight, bias) = self.module, self._direction(direction)
         if weight is None:
-            return bias.view(-1, *[1] * (len(output.shape) - 2)).expand(output.shape)
+            return bias.view(-1, *[1] * (len(output.shape) - 2)).expand(output.shape).clone()
         form = (F.conv1d, F.conv2d, F.conv3d)[len(output.shape) - 3]
         return form(inputs[0], weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
@@ -140,7 +141,7 @@ class NormalisationLayer(Layer):
         norm, x, (weight, bias) = self.module, inputs[0], self._direction(direction)
         if weight is None:
             shared = 0 if isinstance(norm, nn.LayerNorm) else len(output.shape) - 2
-            return bias.view(*bias.shape, *[1] * shared).expand(output.shape)
+            return bias.view(*bias.shape, *[1] * shared).expand(output.shape).clone()
         if isinstance(norm, nn.LayerNorm):
             return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
         if isinstance(norm, nn.GroupNorm):
@@ -320,6 +321,29 @@ class Trace:
         self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
         flat = iter(flat)
         return {layer: [next(flat) for _ in layer.parameters] for layer in self._layers}
+
+    def each_gradient(
+        self, cotangent: Tensor, visit: Callable[[nn.Parameter, Tensor], None], retain_graph: bool = False
+    ) -> None:
+        """``gradients`` in passing: ``visit(parameter, gradient)`` where there is one, as soon as it is there."""
+        parameters = [p for layer in self._layers for p in layer.parameters]
+        present = [p.grad for p in parameters]
+
+        def take(p: nn.Parameter) -> None:
+            gradient, p.grad = p.grad, None
+            with torch.no_grad():
+                visit(p, gradient)
+
+        handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
+        try:
+            for p in parameters:
+                p.grad = None
+            torch.autograd.backward(self.outputs, cotangent, retain_graph=retain_graph, inputs=parameters)
+        finally:
+            for p, handle, gradient in zip(parameters, handles, present, strict=True):
+                handle.remove()
+                p.grad = gradient
+        self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
 
     def backward(self, cotangent: Tensor, visit: Callable[[Call, Tensor], None], retain_graph: bool = False) -> None:
         """Propagate ``∂(Σ_i loss_i)/∂outputs`` back to all layers' outputs, and no weight gradients.

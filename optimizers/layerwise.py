@@ -202,6 +202,7 @@ class Layerwise(torch.optim.Optimizer):
         length = torch.stack([_dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         slope = torch.stack([_dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
+        minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
         if search["measured"] % self.noise_every == 0:
             self._measure_noise(minibatch, trace, per_length, search)
         q = self.curvature(minibatch, trace, directions)
@@ -217,9 +218,13 @@ class Layerwise(torch.optim.Optimizer):
         if nu == 0:
             search["noise"] = torch.zeros_like(per_length)
             return
-        e = minibatch.signed_gradients(trace)
-        mapped = {layer: [self._metric(p, x) for p, x in zip(layer.parameters, e[layer], strict=True)] for layer in e}
-        noise = nu * torch.stack([_dot(e[layer], mapped[layer]) for layer in self._layers]) * per_length
+        noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
+
+        def measure(p: Tensor, e: Tensor) -> None:
+            noise[p] = _dot([e], [self._metric(p, e)])
+
+        minibatch.signed_gradients(trace, measure)
+        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * nu * per_length
         count = search["measured"] // self.noise_every + 1
         weight = max(1 - self.averaging**self.noise_every, 1 / count)  # a plain mean until the average has its length
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
@@ -342,7 +347,7 @@ class LWAdamW(Layerwise):
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         beta1, step = self._group_of[parameter]["betas"][0], self.state[parameter]["step"]
-        return e * ((1 - beta1) / (1 - beta1**step)) / self._scale(parameter)
+        return self._scale(parameter).reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1**step))
 
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
         for p, d in zip(layer.parameters, direction, strict=True):

@@ -12,6 +12,7 @@ or at sampled labels, the likelihood's Hessian. The training loop therefore neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -156,14 +157,17 @@ class Minibatch:
                 p.grad = g
         return self.loss(trace.outputs).detach()
 
-    def signed_gradients(self, trace: Trace) -> dict[Layer, list[Tensor]]:
-        """``e = (1/m) Σ_i ε_i ∇ℓ_i``, balanced random signs: its second moment is the noise of the mean gradient."""
+    def signed_gradients(self, trace: Trace, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
+        """``e = (1/m) Σ_i ε_i ∇ℓ_i``, balanced random signs: its second moment is the noise of the mean gradient.
+
+        Keeps the trace's graph. Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept.
+        """
         residual = self.residual(trace.outputs)
         order = torch.randperm(self.size, generator=self.objective.generator, device=residual.device)
         signs = (order % 2 * 2 - 1).to(residual.dtype) / self.size
         if self.rows is not None:
             signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
-        return trace.gradients(residual * signs.view(-1, *[1] * (residual.dim() - 1)), retain_graph=True)
+        trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
 
     def residual(self, outputs: Tensor) -> Tensor:
         """``∂ Σ_i loss_i / ∂ outputs`` at the true labels (zero where there is none); a sum, not a mean."""
