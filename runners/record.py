@@ -29,11 +29,14 @@ A record whose status is finished or diverged never changes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 RECORD_VERSION = 1
@@ -50,6 +53,25 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Have the folder of a run to oneself: another process that claims it waits. Left empty, the folder goes again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {folder}", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for path in (folder, folder.parent, folder.parent.parent):  # run, optimizer, task
+                path.rmdir()
 
 
 def write_json(path: Path, content: dict) -> None:

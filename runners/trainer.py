@@ -51,7 +51,9 @@ def run(cfg: DictConfig) -> Path:
     folder = run_folder(cfg)
     if not record.is_done(folder):
         check_writable(Path(cfg.results.root))
-        Trainer(cfg, folder).run()
+        with record.claim(folder):
+            if not record.is_done(folder):  # by another process, meanwhile
+                Trainer(cfg, folder).run()
     return folder
 
 
@@ -91,7 +93,6 @@ class Trainer:
 
     def run(self) -> None:
         """Train until the budget is spent, the run diverges or a signal comes, and write the record."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "error.txt").unlink(missing_ok=True)
         record.replace_file(self.folder / "config.yaml", self._save_config)
         status, message = "interrupted", None

@@ -64,6 +64,19 @@ def test_train_prints_the_folder_last_and_leaves_nothing_else(call, tmp_path):
     assert call("runners.train", *SHORT).stdout == done.stdout
 
 
+def test_two_processes_with_the_same_run_make_it_once(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "runners.train", *SHORT, "budget.steps=20", "results.root=results"]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    folders = {process.communicate(timeout=300)[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(folders) == 1
+    assert len(list(tmp_path.glob("results/*/*/*"))) == 1
+
+
 def test_a_sweep_goes_on_after_a_failure_and_runs_side_by_side(call, tmp_path):
     sweep = (*SHORT, "seed=0,1", "task.batch_size=64,5000", "launcher=joblib", "hydra.launcher.n_jobs=2", "-m")
     error = call("runners.train", *sweep, rc=1).stderr

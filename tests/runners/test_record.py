@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -33,6 +35,30 @@ def test_tables_keep_every_bit_and_leave_undefined_cells_empty(tmp_path):
 def test_json_has_no_numbers_that_json_does_not_know(tmp_path):
     record.write_json(tmp_path / "a.json", {"x": float("inf"), "y": [float("nan"), 1.0]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.0]}
+
+
+def test_a_claimed_folder_makes_others_wait_and_an_empty_one_goes(tmp_path, capsys):
+    folder = tmp_path / "results" / "task" / "optimizer" / "hash"
+    order = []
+
+    def other():
+        with record.claim(folder):
+            order.append("other")
+            (folder / "summary.json").write_text("{}")
+
+    with record.claim(folder):
+        thread = threading.Thread(target=other)
+        thread.start()
+        while "waiting for another process" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        order.append("first")
+        (folder / "kept").write_text("")
+    thread.join(10)
+    assert order == ["first", "other"]
+    assert (folder / "summary.json").exists()
+    with record.claim(folder.with_name("empty")):
+        pass
+    assert [path.name for path in folder.parent.iterdir()] == ["hash"]
 
 
 @pytest.mark.parametrize("status", ["finished", "diverged", "interrupted", "failed"])
