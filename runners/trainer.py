@@ -167,8 +167,9 @@ class Trainer:
                     optimizer.step(objective(*batch))
             return model, optimizer
 
-        with torch.random.fork_rng():
-            if self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        with torch.random.fork_rng(devices=[] if on_cpu else [self.device]):
+            if on_cpu:
                 self.memory.bytes = traced_peak(rehearse)
             else:
                 rehearse()
