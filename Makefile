@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test reproduce-paper report lint lock clean
+.PHONY: help setup test reproduce-paper report bench lint lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|
 
 report: setup  ## Make the report of a profile's records again (PROFILE=quick|cpu|paper)
 	@$(BIN)/python -m analysis.report results/$(PROFILE)
+
+bench: setup  ## Time and memory of every method's step beside SGD-m's (ARGS='workloads=[gcn_cora] seconds=60')
+	@$(BIN)/python -m runners.bench $(ARGS)
 
 lint: setup  ## Check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

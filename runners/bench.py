@@ -1,0 +1,239 @@
+"""What a step costs: `python -m runners.bench [optimizers=[…]] [workloads=[…]] [seconds=…] [device=…] [threads=…]`.
+
+Every optimizer takes steps on every workload: a task's model, likelihood and batch size, with one constant batch of the
+data's real shape drawn at random, so nothing is downloaded and nothing but steps is timed. All optimizers of a workload
+are alive in one process and take turns; each is compared with SGD-m's turn of the same round, so that a machine whose
+speed drifts does not bias the ratios; seconds that a thread only waited for a processor do not count.
+
+A method's steps are not all alike: statistics are gathered and factors refreshed at intervals. Steps are therefore
+sorted by kind (which of the method's intervals they end), and time per step is the mean of the kinds' medians, weighted
+by how often each occurs. A kind that no step was left for is represented by the first step, where all work is done.
+
+Writes `<results.root>/bench/<device>/`: `bench.csv`, `context.csv` (one row) and `bench.pdf`, `bench.png`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import hydra
+import pandas as pd
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from data.batches import Dataset, Split
+from data.graphs import _sparse as sparse
+from data.graphs import normalised_adjacency
+from runners.clock import Clock
+from runners.command import describe
+from runners.config import CONFIGS, ConfigError, check_writable, definite_device, definite_threads
+from runners.evaluation import set_mode
+from runners.provenance import provenance
+from runners.trainer import Trainer
+
+REFERENCE = "sgdm"
+WORKLOADS = ("autoencoder_mnist", "autoencoder_curves", "cnn_cifar10_resnet32", "gcn_cora", "cnn_cifar100_vgg16")
+SLOW_ON_CPU = ("cnn_cifar100_vgg16",)
+IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
+GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (19717, 44324, 50)}  # nodes, edges, words
+# Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus this.
+INTERVALS = {
+    "every": 0, "noise_every": 0, "update_every": 0, "refresh_every": 0, "precondition_frequency": 0,
+    "preconditioning_compute_steps": -1, "statistics_compute_steps": -1,
+}  # fmt: skip
+TURN = 0.05  # seconds of a turn of short steps
+
+
+class Contender(Trainer):
+    """One optimizer on one workload, and what its steps took.
+
+    Args:
+        name: as shown.
+        cfg: composed config of the task and the optimizer.
+        dataset: stands in for the task's data; None: the task's own, which need no download.
+    """
+
+    def __init__(self, name: str, cfg: DictConfig, dataset: Dataset | None) -> None:
+        self.name, self._stand_in = name, dataset
+        super().__init__(cfg, Path())
+        self.batch = next(iter(self.batches))
+        self.intervals = self._intervals(cfg.optimizer)
+        self.period = math.lcm(*self.intervals)
+        self._rehearse()  # libraries warm up; on the CPU memory is traced
+        set_mode("train", self.optimizer)
+        self.memory.start()
+        self.samples = [self.sample(None)]
+        self.memory.stop()
+        self.steps_per_turn = min(max(1, int(TURN / self.samples[0]["seconds"])), 20)
+
+    def sample(self, turn: int | None) -> dict:
+        """Take a step; what it took."""
+        work, clock = self.objective.gradient_equivalents, Clock(self.device)
+        clock.start()
+        self.optimizer.step(self.objective(*self.batch))
+        clock.stop()
+        work = self.objective.gradient_equivalents - work
+        return {"turn": turn, "seconds": clock.seconds - clock.waited, "waited": clock.waited, "work": work}
+
+    def row(self, reference: Contender) -> dict:
+        """The columns of this optimizer."""
+        steps, pace = pd.DataFrame(self.samples), pd.DataFrame(reference.samples).groupby("turn").seconds.median()
+        seconds, later = self.mean(steps.seconds), steps.seconds[1:]
+        return {
+            "optimizer": self.name, "kind": self.cfg.optimizer.about.kind, "seconds": seconds,
+            "seconds_q25": later.quantile(0.25), "seconds_median": later.median(), "seconds_q75": later.quantile(0.75),
+            "samples_per_second": len(self.batch.targets) / seconds, "memory_bytes": self.memory.bytes,
+            "gradient_equivalents": self.mean(steps.work),
+            "time_ratio": self.mean(steps.seconds / steps.turn.map(pace).fillna(pace.median())),
+            "memory_ratio": self.memory.bytes / reference.memory.bytes, "steps": len(later), "period": self.period,
+            "waited": steps.waited.sum() / (steps.waited + steps.seconds).sum(), "refused": None,
+        }  # fmt: skip
+
+    def mean(self, values: pd.Series) -> float:
+        """The mean over steps of all kinds: each kind's median, weighted by how often it occurs."""
+        begun = self.period if len(values) >= 2 * self.period else 1  # the first period may be busier than later ones
+        medians = values[begun:].groupby(self._kind).median()
+        return sum(medians.get(self._kind(step), values[0]) for step in range(self.period)) / self.period
+
+    def _kind(self, step: int) -> str:
+        return " ".join(str(every) for every, offset in self.intervals.items() if (step - offset) % every == 0)
+
+    @staticmethod
+    def _intervals(settings: DictConfig) -> dict[int, int]:
+        """Interval and offset of a method's rare work."""
+        found = {name: settings[name] for name in INTERVALS if settings.get(name)}
+        if "noise_every" in found:  # counted in measurements of curvature
+            found["noise_every"] *= found["every"]
+        return {every: INTERVALS[name] for name, every in found.items() if every > 1}
+
+    def _load_data(self) -> Dataset:
+        return super()._load_data() if self._stand_in is None else self._stand_in.to(self.cfg.device)
+
+
+def stand_in(task: DictConfig) -> Dataset | None:
+    """Random data of the real shape for a task; None for a task whose data are in the package.
+
+    There are two batches of it, so that a minibatch is not the whole training set, for methods that make a difference.
+    """
+    generator = torch.Generator().manual_seed(0)
+    source = task.data._target_.rpartition(".")[2]
+    if task.family == "autoencoder":
+        pixels = torch.rand(2 * task.batch_size, task.model.sizes[0], generator=generator)
+        split = Split((pixels,), pixels)
+    elif source in IMAGES:
+        images = torch.randn(2 * task.batch_size, *IMAGES[source], generator=generator)
+        split = Split((images,), torch.randint(task.model.classes, (len(images),), generator=generator))
+    elif source == "planetoid":
+        features, adjacency = _graph(*GRAPHS[task.data.name], task.model.features, generator)
+        labelled = 20 * task.model.classes  # the public split's
+        rows = torch.randperm(len(features), generator=generator)[:labelled]
+        split = Split((features, adjacency), torch.arange(labelled) % task.model.classes, rows)
+    else:
+        return None
+    return Dataset(split, split, None, None, "random", task.name)
+
+
+def _graph(nodes: int, edges: int, words: int, vocabulary: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Features with `words` nonzeros a node, and Â of a graph with `edges` edges; both sparse CSR."""
+    ends = torch.randint(nodes, (2, edges), generator=generator)
+    ends = ends[:, ends[0] != ends[1]]
+    columns = torch.rand(nodes, vocabulary, generator=generator).topk(words).indices
+    features = torch.zeros(nodes, vocabulary).scatter_(1, columns, 1 / words)
+    return sparse(features), normalised_adjacency(torch.cat([ends, ends.flip(0)], 1), nodes)
+
+
+def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
+    """Rows of one workload: every optimizer takes turns until `time.monotonic()` is `until`, two at least."""
+    contenders: list[Contender] = []
+    refused: dict[str, str] = {}
+    place = (f"task={task}", f"device={cfg.device}", f"threads={cfg.threads}", "tracker=none", "progress=false")
+    dataset = None
+    for entry in dict.fromkeys((REFERENCE, *cfg.optimizers)):
+        name, *settings = entry.split()
+        choices = [*place, f"optimizer={name}", *(f"++optimizer.{setting}" for setting in settings)]
+        composed = hydra.compose("config", choices)
+        OmegaConf.resolve(composed)
+        dataset = dataset or stand_in(composed.task)
+        if contenders and time.monotonic() > until:
+            refused[entry] = "no time left; give more by seconds=N"
+            continue
+        try:
+            contenders.append(Contender(entry, composed, dataset))
+        except Exception as error:
+            refused[entry] = describe(error)
+    turn = 0
+    while contenders and (turn < 2 or time.monotonic() < until):
+        for contender in list(contenders):
+            try:
+                contender.samples += [contender.sample(turn) for _ in range(contender.steps_per_turn)]
+            except Exception as error:
+                contenders.remove(contender)
+                refused[contender.name] = f"step {len(contender.samples)}: {describe(error)}"
+        turn += 1
+    if REFERENCE in refused:
+        raise ConfigError(f"{REFERENCE} does not run on {task}: {refused[REFERENCE]}")
+    rows = [{"workload": task, **contender.row(contenders[0])} for contender in contenders]
+    return rows + [{"workload": task, "optimizer": name, "refused": why} for name, why in refused.items()]
+
+
+def draw(table: pd.DataFrame, folder: Path, words: str) -> None:
+    """Bars of time and memory relative to SGD-m, a column of panels per workload."""
+    from analysis import style  # imports matplotlib
+
+    tasks, names = list(table.workload.unique()), list(table.optimizer.unique())[::-1]
+    figure, axes = style.canvas("Cost of a step", len(tasks), rows=2, height=0.5 + 0.14 * len(names), note=words)
+    for row, measure in zip(axes, ("time", "memory"), strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            ratios = table[table.workload == task].set_index("optimizer")[f"{measure}_ratio"].reindex(names)
+            colors = [style.style(name.split()[0]).color for name in names]
+            bars = axis.barh(names, ratios.fillna(1) - 1, left=1, color=colors)  # from 1, SGD-m's
+            axis.bar_label(bars, [f"{r:.2f}" if r == r else "refused" for r in ratios], padding=2, fontsize=6)
+            axis.set(title=f"{task}: {measure}", xscale="log", xlabel=f"{measure} / SGD-m's")
+            axis.tick_params(axis="y", labelsize=6)
+            axis.margins(x=0.2)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    for suffix in ("pdf", "png"):
+        figure.savefig(folder / f"bench.{suffix}")
+
+
+def bench(cfg: DictConfig) -> Path:
+    """Measure, print the table, and write the files; returns their folder."""
+    began = time.monotonic()
+    cfg.device, cfg.threads = definite_device(str(cfg.device)), definite_threads(cfg.threads)
+    every = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
+    cfg.optimizers = [name for entry in cfg.optimizers for name in (every if entry == "all" else [entry])]
+    tasks = cfg.workloads or [task for task in WORKLOADS if cfg.device != "cpu" or task not in SLOW_ON_CPU]
+    folder = Path(cfg.results.root) / "bench" / cfg.device.partition(":")[0]
+    check_writable(folder)
+    rows = []
+    for number, task in enumerate(tasks, start=1):
+        print(f"{task} …", file=sys.stderr, flush=True)
+        rows += compare(task, cfg, began + cfg.seconds * number / len(tasks))
+    table = pd.DataFrame(rows)
+    source = provenance(torch.device(cfg.device), cfg.threads)
+    source |= source.pop("versions") | {"dtype": "float32", "seconds": round(time.monotonic() - began)}
+    context = pd.DataFrame([source])
+    table.to_csv(folder / "bench.csv", index=False, float_format="%.6g")
+    context.to_csv(folder / "context.csv", index=False)
+    draw(table, folder, f"{source['device']}, {cfg.threads} CPU threads, relative to SGD-m; bars begin at 1")
+    print(context.T.to_string(header=False))
+    shown = [name for name in table if name not in ("kind", "seconds_q25", "seconds_q75", "period")]
+    print(table[shown].to_string(index=False, float_format="{:.3g}".format, na_rep=""))
+    return folder
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="bench")
+def main(cfg: DictConfig) -> None:
+    try:
+        print(bench(cfg))
+    except (ConfigError, HydraException) as error:
+        sys.exit(f"error: {describe(error)}")
+
+
+if __name__ == "__main__":
+    main()
