@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optimizers.kfac import _is_factored, _rows
+from optimizers.kfac import factor_rows, is_factored
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
 from optimizers.layered import LayeredOptimizer, RandomState, check
 from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, Trace, frozen_statistics
@@ -245,7 +245,7 @@ class KBFGSL(KBFGS):
 
 
 def _has_factors(layer: Layer) -> bool:
-    return _is_factored(layer) and any(p.dim() > 1 for p in layer.parameters)
+    return is_factored(layer) and any(p.dim() > 1 for p in layer.parameters)
 
 
 class _Means:
@@ -262,7 +262,7 @@ class _Means:
         block = self.blocks[call.layer]
         if not isinstance(call.layer, LinearGraphLayer):
             delta = delta.mean(0, keepdim=True)
-        a, delta = (rows.mean(0) for rows in _rows(_mean_call(call), delta))
+        a, delta = (rows.mean(0) for rows in factor_rows(_mean_call(call), delta))
         new = [a, block.join(p.detach() for p in block.parameters) @ a, delta]
         self.values[block] = new if block not in self.values else torch._foreach_add(self.values[block], new)
 
@@ -276,12 +276,12 @@ def _mean_call(call: Call) -> Call:
 
 def _mean_row(call: Call) -> Tensor:
     """The mean of ``ā`` over the call's rows."""
-    return _rows(_mean_call(call), call.output[:1, :1])[0].mean(0)
+    return factor_rows(_mean_call(call), call.output[:1, :1])[0].mean(0)
 
 
 def _second_moment(calls: list[Call], size: int) -> Tensor:
     """``Σ_r ā_r ā_rᵀ / m``."""
-    rows = [_rows(call, call.output[:, :1])[0] for call in calls]
+    rows = [factor_rows(call, call.output[:, :1])[0] for call in calls]
     return sum(a.T @ a for a in rows) / size
 
 

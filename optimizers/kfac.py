@@ -53,7 +53,7 @@ class KFAC(Kronecker):
     """
 
     def _blocks_of(self, layer: Layer) -> list[Block]:
-        if _is_factored(layer):
+        if is_factored(layer):
             return [homogeneous_block(layer)]
         return [tensor_block(layer, p) for p in layer.parameters]
 
@@ -63,9 +63,9 @@ class KFAC(Kronecker):
         sums: dict[Layer, list[Tensor]] = {}
 
         def visit(call: Call, delta: Tensor) -> None:
-            if not _is_factored(call.layer):
+            if not is_factored(call.layer):
                 return
-            a, delta = _rows(call, delta)
+            a, delta = factor_rows(call, delta)
             count = delta.new_tensor(len(delta))
             if minibatch.mixing:
                 reached = (delta != 0).any(1, keepdim=True)
@@ -82,11 +82,12 @@ class KFAC(Kronecker):
         return loss, statistics
 
     def _damped(self, block: Block, factors: list[Tensor]) -> list[tuple[Tensor, float]]:
-        damping = self._group_of[block.parameters[0]]["damping"] ** 0.5
+        damping = self.group(block.parameters[0])["damping"] ** 0.5
         return [(factor, damping) for factor in factors]
 
 
-def _is_factored(layer: Layer) -> bool:
+def is_factored(layer: Layer) -> bool:
+    """Whether a layer's block has a Kronecker form here: Linear, Conv2d without groups, GCNConv."""
     module = layer.module
     if isinstance(layer, LinearGraphLayer):
         return type(module).__name__ == "GCNConv" and _check_normalised(layer)
@@ -98,13 +99,13 @@ def _is_factored(layer: Layer) -> bool:
 def _check_normalised(layer: Layer) -> bool:
     if layer.module.normalize:
         raise NotImplementedError(
-            f"KFAC needs the propagated input of layer '{layer.name}', which GCNConv(normalize=True) hides: use "
+            f"Kronecker factors need the input of layer '{layer.name}' after propagation; GCNConv(normalize=True) hides it: use "
             "normalize=False with a normalised adjacency, or an optimizer of gradients (Shampoo, TNT, MBF)"
         )
     return True
 
 
-def _rows(call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
+def factor_rows(call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
     """``ā`` ``(R, in + 1)`` and ``δ`` ``(R, out)`` of one call."""
     module, a = call.layer.module, call.inputs[0]
     if isinstance(call.layer, ConvolutionLayer):

@@ -45,6 +45,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from optimizers.layered import LayeredOptimizer, check
 from optimizers.layers import Layer, frozen_statistics
 from optimizers.objective import Minibatch
 
@@ -78,7 +79,7 @@ class Block:
 Statistics = dict[Block, list[Tensor]]
 
 
-class Kronecker(torch.optim.Optimizer):
+class Kronecker(LayeredOptimizer):
     """The recursion above; a method defines ``_blocks_of``, ``_measure``, and where it differs the hooks below them.
 
     Args:
@@ -109,17 +110,16 @@ class Kronecker(torch.optim.Optimizer):
         refresh_every: int = 20,
         refresh_early: bool = True,
     ) -> None:
-        _check(lr >= 0, "lr", lr, "at least 0")
-        _check(damping > 0, "damping", damping, "positive")
-        _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        _check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
-        _check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
-        _check(update_every >= 1, "update_every", update_every, "at least 1")
-        _check(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+        check(lr >= 0, "lr", lr, "at least 0")
+        check(damping > 0, "damping", damping, "positive")
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+        check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
+        check(update_every >= 1, "update_every", update_every, "at least 1")
+        check(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
         super().__init__(params, {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay})
         self.averaging, self.update_every = averaging, update_every
         self.refresh_every, self.refresh_early = refresh_every, refresh_early
-        self._layers: list[Layer] = []
         self._blocks: list[Block] = []
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class Kronecker(torch.optim.Optimizer):
 
     def _damped(self, block: Block, factors: list[Tensor]) -> list[tuple[Tensor, float]]:
         """Each factor as it is inverted, ``(…, n, n)``, and what is added to its diagonal."""
-        damping = self._group_of[block.parameters[0]]["damping"]
+        damping = self.group(block.parameters[0])["damping"]
         return [(factor, damping) for factor in factors]
 
     def _exponent(self, block: Block) -> float:
@@ -197,24 +197,10 @@ class Kronecker(torch.optim.Optimizer):
     # The recursion ----------------------------------------------------------------------------------------------------
 
     def _find_blocks(self, minibatch: Minibatch) -> None:
-        if not isinstance(minibatch, Minibatch):
-            raise TypeError(
-                f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(minibatch).__name__}: "
-                "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
-            )
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        layers = minibatch.objective.layers
-        if layers is self._layers:
-            return
-        for layer in layers:
-            for name, p in zip(layer.names, layer.parameters, strict=True):
-                if p not in self._group_of:
-                    raise ValueError(
-                        f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
-                        "pass model.parameters(), or freeze it with requires_grad_(False)"
-                    )
-        self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
-        self._layers = layers
+        known = self._layers
+        layers = self.find_layers(minibatch)
+        if layers is not known:
+            self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
 
     def _average(self, statistics: Statistics, least: float) -> None:
         """Take statistics into the factors' averages, with a weight of at least ``least``."""
@@ -271,7 +257,7 @@ class Kronecker(torch.optim.Optimizer):
         if inverses is not None:
             directions = block.split(self._apply(block, inverses, block.join(momenta)))
         for p, direction in zip(block.parameters, directions, strict=True):
-            group = self._group_of[p]
+            group = self.group(p)
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(direction, alpha=-group["lr"])
@@ -280,7 +266,7 @@ class Kronecker(torch.optim.Optimizer):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].mul_(self._group_of[p]["momentum"])
+        state["momentum_buffer"].mul_(self.group(p)["momentum"])
         if p.grad is not None:
             state["momentum_buffer"].add_(p.grad)
         return state["momentum_buffer"]
@@ -347,8 +333,3 @@ def homogeneous_block(layer: Layer) -> Block:
 
 def _diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1)
-
-
-def _check(ok: bool, name: str, value, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value} is impossible: it must be {wanted}")

@@ -29,16 +29,17 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
             )
         layers = closure.objective.layers
+        # groups are looked up anew each step: load_state_dict puts new ones in place of those that it finds
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         if layers is not self._layers:
-            group_of = {p: group for group in self.param_groups for p in group["params"]}
             for layer in layers:
                 for name, p in zip(layer.names, layer.parameters, strict=True):
-                    if p not in group_of:
+                    if p not in self._group_of:
                         raise ValueError(
                             f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
                             "pass model.parameters(), or freeze it with requires_grad_(False)"
                         )
-            self._layers, self._group_of = layers, group_of
+            self._layers = layers
         return layers
 
     def group(self, parameter: Tensor) -> dict:

@@ -58,11 +58,12 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from optimizers.curvature import Directions, SampledFisher
+from optimizers.layered import LayeredOptimizer, check, dot
 from optimizers.layers import Layer, Trace
 from optimizers.objective import Minibatch
 
 
-class Layerwise(torch.optim.Optimizer):
+class Layerwise(LayeredOptimizer):
     """The search: step sizes for a descent that a subclass defines by ``_directions``, ``_metric`` and ``_move``.
 
     Args:
@@ -97,20 +98,19 @@ class Layerwise(torch.optim.Optimizer):
         noise_every: int = 5,
         curvature=None,
     ) -> None:
-        _check(sigma > 0, "sigma", sigma, "positive")
-        _check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
-        _check(0 < floor <= 1, "floor", floor, "in (0, 1]")
-        _check(trust > 0, "trust", trust, "positive")
-        _check(warmup >= 1, "warmup", warmup, "at least 1")
-        _check(growth > 1, "growth", growth, "above 1")
-        _check(every >= 1, "every", every, "at least 1")
-        _check(noise_every >= 1, "noise_every", noise_every, "at least 1")
-        _check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
+        check(sigma > 0, "sigma", sigma, "positive")
+        check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
+        check(0 < floor <= 1, "floor", floor, "in (0, 1]")
+        check(trust > 0, "trust", trust, "positive")
+        check(warmup >= 1, "warmup", warmup, "at least 1")
+        check(growth > 1, "growth", growth, "above 1")
+        check(every >= 1, "every", every, "at least 1")
+        check(noise_every >= 1, "noise_every", noise_every, "at least 1")
+        check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
         self.every, self.noise_every, self.trust = every, noise_every, trust
         self.curvature = SampledFisher() if curvature is None else curvature
-        self._layers: list[Layer] = []
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
@@ -123,13 +123,8 @@ class Layerwise(torch.optim.Optimizer):
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
             ValueError: the parameter groups do not hold all of the model's trainable parameters.
         """
-        if not isinstance(closure, Minibatch):
-            raise TypeError(
-                f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
-                "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
-            )
+        self.find_layers(closure)
         search = self._search
-        self._find_layers(closure)
         if search["step"] % self.every == 0:
             loss, directions = self._measure(closure, search)
         else:
@@ -179,29 +174,15 @@ class Layerwise(torch.optim.Optimizer):
             state["search"] = {"step": 0, "measured": 0}
         return state["search"]
 
-    def _find_layers(self, minibatch: Minibatch) -> None:
-        layers = minibatch.objective.layers
-        if layers is self._layers:
-            return
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        for layer in layers:
-            for name, p in zip(layer.names, layer.parameters, strict=True):
-                if p not in group_of:
-                    raise ValueError(
-                        f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
-                        "pass model.parameters(), or freeze it with requires_grad_(False)"
-                    )
-        self._layers, self._group_of = layers, group_of
-
     def _measure(self, minibatch: Minibatch, search: dict) -> tuple[Tensor, Directions]:
         """Gradients, directions; the averages of slope, noise and curvature. Returns the loss and the directions."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss = minibatch.fill_gradients(trace, retain_graph=True)
         directions = self._directions()
-        length = torch.stack([_dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
+        length = torch.stack([dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
-        slope = torch.stack([_dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
+        slope = torch.stack([dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
         minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
         if search["measured"] % self.noise_every == 0:
             self._measure_noise(minibatch, trace, per_length, search)
@@ -221,7 +202,7 @@ class Layerwise(torch.optim.Optimizer):
         noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
 
         def measure(p: Tensor, e: Tensor) -> None:
-            noise[p] = _dot([e], [self._metric(p, e)])
+            noise[p] = dot([e], [self._metric(p, e)])
 
         minibatch.signed_gradients(trace, measure)
         noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * nu * per_length
@@ -251,12 +232,12 @@ class Layerwise(torch.optim.Optimizer):
 
     def _weight_norms(self) -> Tensor:
         """``‖θ_l‖``; unlimited for a layer that starts at zero."""
-        norms = torch.stack([_dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
+        norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
         return norms.masked_fill(norms == 0, torch.inf)
 
     def _step_sizes(self, search: dict) -> Tensor:
         """``α``, with each layer's own ``σ`` (the ``lr`` of its group)."""
-        sigma = [self._group_of[layer.parameters[0]]["lr"] for layer in self._layers]
+        sigma = [self.group(layer.parameters[0])["lr"] for layer in self._layers]
         sigma = torch.as_tensor(sigma, dtype=search["step_size"].dtype).to(
             search["step_size"].device, non_blocking=True
         )
@@ -279,7 +260,7 @@ class LWSGDm(Layerwise):
     """
 
     def __init__(self, params: Iterable, momentum: float = 0.9, weight_decay: float = 0.0, **search) -> None:
-        _check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         super().__init__(params, {"momentum": momentum, "weight_decay": weight_decay}, **search)
 
     def _directions(self) -> Directions:
@@ -290,7 +271,7 @@ class LWSGDm(Layerwise):
 
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
         for p, d in zip(layer.parameters, direction, strict=True):
-            group, state = self._group_of[p], self.state[p]
+            group, state = self.group(p), self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             decayed = d.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else d
@@ -323,15 +304,15 @@ class LWAdamW(Layerwise):
         **search,
     ) -> None:
         betas = tuple(betas)
-        _check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
-        _check(eps > 0, "eps", eps, "positive")
+        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        check(eps > 0, "eps", eps, "positive")
         super().__init__(params, {"betas": betas, "eps": eps, "weight_decay": weight_decay}, **search)
 
     def _directions(self) -> Directions:
         return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
 
     def _direction(self, p: Tensor) -> Tensor:
-        group, state = self._group_of[p], self.state[p]
+        group, state = self.group(p), self.state[p]
         beta1, beta2 = group["betas"]
         if "step" not in state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -342,16 +323,16 @@ class LWAdamW(Layerwise):
 
     def _scale(self, p: Tensor) -> Tensor:
         """``√v̂ + ε``."""
-        group, state = self._group_of[p], self.state[p]
+        group, state = self.group(p), self.state[p]
         return (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt_().add_(group["eps"])
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
-        beta1, step = self._group_of[parameter]["betas"][0], self.state[parameter]["step"]
+        beta1, step = self.group(parameter)["betas"][0], self.state[parameter]["step"]
         return self._scale(parameter).reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1**step))
 
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
         for p, d in zip(layer.parameters, direction, strict=True):
-            decay = self._group_of[p]["weight_decay"]
+            decay = self.group(p)["weight_decay"]
             if decay:
                 p.mul_(1 - alpha * decay)
             p.sub_(alpha * d)
@@ -359,12 +340,3 @@ class LWAdamW(Layerwise):
 
 def _has_dropout(model: torch.nn.Module) -> bool:
     return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules())
-
-
-def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    return sum(torch.vdot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True))
-
-
-def _check(ok: bool, name: str, value, wanted: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value} is impossible: it must be {wanted}")

@@ -44,7 +44,7 @@ class TNT(Kronecker):
         return loss, {block: mode_grams(block.join([gradient[block.parameters[0]]])) for block in self._blocks}
 
     def _damped(self, block: Block, factors: list[Tensor]) -> list[tuple[Tensor, float]]:
-        return [(factor, self._group_of[block.parameters[0]]["damping"]) for factor in normalised(factors)]
+        return [(factor, self.group(block.parameters[0])["damping"]) for factor in normalised(factors)]
 
 
 def normalised(factors: list[Tensor]) -> list[Tensor]:
