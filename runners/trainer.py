@@ -127,8 +127,18 @@ class Trainer:
             return
         self._rehearse()
         torch.manual_seed(stream_seed(self.cfg.seed, "dropout"))
+        if hasattr(self.optimizer, "start"):
+            self._first_pass()
         self._open_epoch()
         self._evaluate()
+
+    def _first_pass(self) -> None:
+        """Statistics of the whole training set that a method wants before its first step: training time like any."""
+        self.clock.start()
+        try:
+            self.optimizer.start(self.objective(*batch) for batch in self.batches)
+        finally:
+            self.clock.stop()
 
     def _train(self, signals: StopSignals) -> None:
         """Steps up to the next evaluation, the end of the budget, or a signal. Nothing here waits for the device."""
