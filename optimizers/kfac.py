@@ -99,8 +99,8 @@ def is_factored(layer: Layer) -> bool:
 def _check_normalised(layer: Layer) -> bool:
     if layer.module.normalize:
         raise NotImplementedError(
-            f"Kronecker factors need the input of layer '{layer.name}' after propagation; GCNConv(normalize=True) hides "
-            "it: use normalize=False with a normalised adjacency, or Shampoo, TNT, MBF or an optimizer of gradients"
+            f"Kronecker factors need the input of layer '{layer.name}' after propagation; GCNConv(normalize=True) "
+            "hides it: use normalize=False with a normalised adjacency, or Shampoo, TNT, MBF or a gradient method"
         )
     return True
 
