@@ -7,6 +7,7 @@ matters.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,17 @@ def mirror(folders: Iterable[Path], tracker: DictConfig) -> int:
             print(f"warning: not mirrored to W&B ({type(error).__name__}: {reason}); try again later", file=sys.stderr)
             break
         done += 1
+    if done:
+        _flush()
     return done
+
+
+def _flush() -> None:
+    """End the service: a finished run may still be on its way to the disk, and a reader would find half of it."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def _mirrored(root: Path, mode: str) -> set[str]:
