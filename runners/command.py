@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from runners.config import CONFIGS
@@ -59,6 +60,8 @@ def describe(error: Exception) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"unknown {group} {name}; choose one of {', '.join(sorted(options))}"
     cause = error.__cause__
+    if isinstance(error, InstantiationException) and cause is not None:  # what was called has said what is wrong
+        return describe(cause)
     parent = getattr(cause, "parent_node", None)
     if parent is not None and isinstance(parent, DictConfig):
         fields = ", ".join(sorted(str(key) for key in parent if key != "hydra"))
