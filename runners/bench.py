@@ -37,7 +37,10 @@ from runners.provenance import provenance
 from runners.trainer import Trainer
 
 REFERENCE = "sgdm"
-WORKLOADS = ("autoencoder_mnist", "autoencoder_curves", "cnn_cifar10_resnet32", "gcn_cora", "cnn_cifar100_vgg16")
+# Tasks, with what each needs of the time, relatively.
+WORKLOADS = {
+    "autoencoder_mnist": 2, "autoencoder_curves": 1, "cnn_cifar10_resnet32": 5, "gcn_cora": 1, "cnn_cifar100_vgg16": 10,
+}  # fmt: skip
 SLOW_ON_CPU = ("cnn_cifar100_vgg16",)
 IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
 GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (19717, 44324, 50)}  # nodes, edges, words
@@ -91,7 +94,7 @@ class Contender(Trainer):
             "gradient_equivalents": self.mean(steps.work),
             "time_ratio": self.mean(steps.seconds / steps.turn.map(pace).fillna(pace.median())),
             "memory_ratio": self.memory.bytes / reference.memory.bytes, "steps": len(later), "period": self.period,
-            "waited": steps.waited.sum() / (steps.waited + steps.seconds).sum(), "refused": None,
+            "waited": steps.waited.sum() / (steps.waited + steps.seconds).sum(), "refused": "",
         }  # fmt: skip
 
     def mean(self, values: pd.Series) -> float:
@@ -192,10 +195,13 @@ def draw(table: pd.DataFrame, folder: Path, words: str) -> None:
             ratios = table[table.workload == task].set_index("optimizer")[f"{measure}_ratio"].reindex(names)
             colors = [style.style(name.split()[0]).color for name in names]
             bars = axis.barh(names, ratios.fillna(1) - 1, left=1, color=colors)  # from 1, SGD-m's
-            axis.bar_label(bars, [f"{r:.2f}" if r == r else "refused" for r in ratios], padding=2, fontsize=6)
+            axis.bar_label(bars, [f"{r:.2f}" if r == r else "–" for r in ratios], padding=2, fontsize=6)
             axis.set(title=f"{task}: {measure}", xscale="log", xlabel=f"{measure} / SGD-m's")
             axis.tick_params(axis="y", labelsize=6)
             axis.margins(x=0.2)
+            axis.xaxis.set_major_locator(style.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(style.NullFormatter())
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
     for suffix in ("pdf", "png"):
         figure.savefig(folder / f"bench.{suffix}")
@@ -210,17 +216,18 @@ def bench(cfg: DictConfig) -> Path:
     tasks = cfg.workloads or [task for task in WORKLOADS if cfg.device != "cpu" or task not in SLOW_ON_CPU]
     folder = Path(cfg.results.root) / "bench" / cfg.device.partition(":")[0]
     check_writable(folder)
+    shares = [WORKLOADS.get(task, 1) for task in tasks]
     rows = []
     for number, task in enumerate(tasks, start=1):
         print(f"{task} …", file=sys.stderr, flush=True)
-        rows += compare(task, cfg, began + cfg.seconds * number / len(tasks))
+        rows += compare(task, cfg, began + cfg.seconds * sum(shares[:number]) / sum(shares))
     table = pd.DataFrame(rows)
     source = provenance(torch.device(cfg.device), cfg.threads)
     source |= source.pop("versions") | {"dtype": "float32", "seconds": round(time.monotonic() - began)}
     context = pd.DataFrame([source])
     table.to_csv(folder / "bench.csv", index=False, float_format="%.6g")
     context.to_csv(folder / "context.csv", index=False)
-    draw(table, folder, f"{source['device']}, {cfg.threads} CPU threads, relative to SGD-m; bars begin at 1")
+    draw(table, folder, f"{source['device']}, CPU threads: {cfg.threads}; bars begin at 1, SGD-m's own")
     print(context.T.to_string(header=False))
     shown = [name for name in table if name not in ("kind", "seconds_q25", "seconds_q75", "period")]
     print(table[shown].to_string(index=False, float_format="{:.3g}".format, na_rep=""))
