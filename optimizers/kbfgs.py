@@ -189,10 +189,7 @@ class KBFGS(LayeredOptimizer):
         if "H_a" in state:
             momenta = block.split(self._apply_g(state, block.join(momenta)) @ state["H_a"])
         for p, direction in zip(block.parameters, momenta, strict=True):
-            group = self.group(p)
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction, alpha=-group["lr"])
+            self.move(p, direction)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

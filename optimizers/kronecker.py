@@ -257,10 +257,7 @@ class Kronecker(LayeredOptimizer):
         if inverses is not None:
             directions = block.split(self._apply(block, inverses, block.join(momenta)))
         for p, direction in zip(block.parameters, directions, strict=True):
-            group = self.group(p)
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction, alpha=-group["lr"])
+            self.move(p, direction)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -51,6 +51,13 @@ class LayeredOptimizer(torch.optim.Optimizer):
         decay = self.group(parameter)["weight_decay"]
         return parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
 
+    def move(self, parameter: Tensor, direction: Tensor) -> None:
+        """``θ ← (1 − α w) θ − α d``, in place: a step with decoupled decay."""
+        group = self.group(parameter)
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"])
+
 
 def dot(xs, ys) -> Tensor:
     """The inner product of two lists of tensors."""
