@@ -21,14 +21,14 @@ class GCN(nn.Module):
     """
 
     def __init__(self, features: int, hidden: int, classes: int, dropout: float = 0.5) -> None:
-        from torch_geometric.nn import GCNConv  # takes seconds: only where a graph is used
+        from models.graph_convolution import GCNConv  # takes seconds: only where a graph is used
 
         super().__init__()
         self.dropout1 = SparseDropout(dropout)
-        self.conv1 = GCNConv(features, hidden, normalize=False)
+        self.conv1 = GCNConv(features, hidden)
         self.relu = nn.ReLU()
         self.dropout2 = nn.Dropout(dropout)
-        self.conv2 = GCNConv(hidden, classes, normalize=False)
+        self.conv2 = GCNConv(hidden, classes)
 
     def forward(self, features: Tensor, adjacency: Tensor) -> Tensor:
         """Logits of all nodes `(nodes, classes)` from X `(nodes, features)` and Â `(nodes, nodes)`, both sparse CSR."""

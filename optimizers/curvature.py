@@ -13,7 +13,7 @@ that costs.
 =========================  ===============================================  ============  ========================
 estimator                  what it computes                                 unbiased for  work, gradient-equivalents
 =========================  ===============================================  ============  ========================
-``SampledFisher``          labels from the model, paired per example        C = GGN       2/3
+``SampledFisher``          labels from the model, paired per example        C = GGN       (1 + share)/3
 ``RandomSignHessian``      ``h = H(s∘d)``, ``½(s_k r_l + s_l r_k)``         C = H         2
 ``RandomSignGaussNewton``  the same with the Gauss–Newton matrix            C = GGN       2
 ``ExactGaussNewton``       one Jacobian–vector product per layer            C = GGN       1 + L: the oracle
@@ -26,11 +26,13 @@ the outputs are piecewise linear in one layer's weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from optimizers.layered import check
 from optimizers.layers import HESSIAN_VECTOR_PRODUCT, TANGENT, Call, Layer, Trace
 from optimizers.objective import Minibatch
 
@@ -46,26 +48,40 @@ class SampledFisher:
 
         Q = (1/m) Σ_i s_i s_iᵀ.
 
-    Unbiased, positive semi-definite, nothing per-example stored but the ``(L, m)`` numbers ``s``. Where examples mix
-    (a graph's propagation) a label's derivative is spread over many rows: their sum is paired instead, ``Q = (1/m)
-    (Σ_i s_i)(Σ_i s_i)ᵀ``, unbiased too because independently drawn labels have uncorrelated scores, but of one degree
-    of freedom per draw; there ``mixed_draws`` draws are averaged. Through BatchNorm in training mode the per-example
-    pairing leaves out what an example does to the others through the batch statistics.
+    Unbiased, positive semi-definite, nothing per-example stored but the ``(L, m)`` numbers ``s``. The mean over the
+    examples needs no more of them than its accuracy asks for: ``share`` of the batch is paired, drawn anew each time.
+
+    Where examples mix (a graph's propagation) a label's derivative is spread over many rows: their sum is paired
+    instead, ``Q = (1/m) (Σ_i s_i)(Σ_i s_i)ᵀ``, unbiased too because independently drawn labels have uncorrelated
+    scores, but of one degree of freedom per draw; there ``mixed_draws`` draws are averaged. So it is where a layer's
+    output has not one row per example. Through BatchNorm in training mode the per-example pairing leaves out what an
+    example does to the others through the batch statistics.
 
     Args:
+        share: of the batch's examples, in (0, 1]; at least ``FEWEST`` of them.
         mixed_draws: label draws per call where examples mix.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
 
-    def __init__(self, mixed_draws: int = 4) -> None:
-        self.mixed_draws = mixed_draws
+    FEWEST = 32
+
+    def __init__(self, share: float = 0.25, mixed_draws: int = 4) -> None:
+        check(0 < share <= 1, "share", share, "in (0, 1]")
+        check(mixed_draws >= 1, "mixed_draws", mixed_draws, "at least 1")
+        self.share, self.mixed_draws = share, mixed_draws
 
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
-        draws = self.mixed_draws if minibatch.mixing else 1
+        mixing = minibatch.mixing or any(call.output.shape[:1] != (minibatch.size,) for call in trace.calls)
+        draws = self.mixed_draws if mixing else 1
+        rows = None if mixing else self._rows(minibatch, trace)
+        size = minibatch.size if rows is None else len(rows)
         tangents: dict[Call, Tensor] = {}
         slopes: dict[Layer, Tensor] = {}
 
         def pair(call: Call, delta: Tensor) -> None:
-            s = call.slopes(delta, directions[call.layer])
+            s = call.slopes(delta, directions[call.layer], rows)
             slopes[call.layer] = slopes[call.layer] + s if call.layer in slopes else s
 
         def pair_sum(call: Call, delta: Tensor) -> None:  # one tangent serves all draws
@@ -78,12 +94,20 @@ class SampledFisher:
         for draw in range(draws):
             slopes.clear()
             residual = minibatch.sampled_residual(trace.outputs)
-            trace.backward(residual, pair_sum if minibatch.mixing else pair, retain_graph=draw + 1 < draws)
+            trace.backward(residual, pair_sum if mixing else pair, retain_graph=draw + 1 < draws)
             none = torch.zeros_like(next(iter(slopes.values())))
             s = torch.stack([slopes.get(layer, none) for layer in directions])
-            q = q + s @ s.T / (minibatch.size * draws)
-        minibatch.count(TANGENT)
+            q = q + s @ s.T / (size * draws)
+        minibatch.count(TANGENT * size / minibatch.size)
         return q
+
+    def _rows(self, minibatch: Minibatch, trace: Trace) -> Tensor | None:
+        """The examples that are paired; None: all. Drawn, because the order of a full batch may carry meaning."""
+        m = minibatch.size
+        count = min(m, max(self.FEWEST, math.ceil(self.share * m)))
+        if count == m:
+            return None
+        return torch.randperm(m, generator=minibatch.objective.generator, device=trace.outputs.device)[:count]
 
 
 class RandomSignHessian:

@@ -24,7 +24,7 @@ from runners import checkpoint, record
 from runners.clock import Clock
 from runners.config import ConfigError, check_writable, run_folder, stream_seed
 from runners.evaluation import measure, set_mode
-from runners.memory import PeakMemory, traced_peak
+from runners.memory import PeakMemory, keep_freed_memory, traced_peak
 from runners.provenance import provenance
 from runners.signals import Interrupted, StopSignals
 
@@ -69,6 +69,7 @@ class Trainer:
         self.cfg, self.folder = cfg, folder
         self.device = torch.device(cfg.device)
         torch.set_num_threads(cfg.threads)
+        keep_freed_memory()
         self.dataset = self._load_data()
         self.memory = PeakMemory(self.device)
         self.likelihood = instantiate(cfg.task.likelihood)
