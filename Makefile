@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test reproduce-paper report bench lint lock clean
+.PHONY: help setup test reproduce-paper report bench wandb-view wandb-sync wandb-dashboard lint lock clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,20 @@ report: setup  ## Make the report of a profile's records again (PROFILE=quick|cp
 bench: setup  ## Time and memory of every method's step beside SGD-m's (ARGS='workloads=[gcn_cora] seconds=60')
 	@$(BIN)/python -m runners.bench $(ARGS)
 
+wandb-view: setup  ## Browse the mirrored runs in the terminal
+	@$(BIN)/wandb leet $${WANDB_DIR:-.}/wandb
+
+wandb-sync: setup  ## Mirror a profile's records and upload every run that is not uploaded yet (after wandb login)
+	@$(BIN)/python -m runners.tracking profile=$(PROFILE) $(ARGS)
+
+wandb-dashboard: setup  ## Save W&B workspaces for a profile's records, a view per task (after wandb login)
+	@$(BIN)/python -m runners.dashboard profile=$(PROFILE) $(ARGS)
+
 lint: setup  ## Check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 lock: setup  ## Resolve the versions in requirements.lock anew
-	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --extra peers pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dashboard --extra dev --extra peers pyproject.toml -o requirements.lock
 
 clean:  ## Remove caches; keeps .venv, data and results
 	rm -rf .pytest_cache .ruff_cache .hypothesis .cache *.egg-info

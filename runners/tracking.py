@@ -1,28 +1,44 @@
 """Weights & Biases as a mirror of finished records: written from their files, last, and never at a run's cost.
 
-One service carries all runs of a call. A run's id is its record's hash, so that a second mirror of it is none. What
-W&B would add by itself (host, user, code, requirements, system metrics) stays out: the record's provenance says what
-matters.
+A mirror is an offline log in `<tracker.dir>/wandb/`, whole or not there at all; `wandb sync` uploads it and marks it as
+uploaded. Online mode does so at once. A run's id is its record's hash, so that a second mirror or upload of it is none,
+and an upload that broke off is simply made again. What W&B would add by itself (host, user, code, requirements, system
+metrics) stays out: the record's provenance says what matters.
+
+`python -m runners.tracking profile=quick` mirrors the records under `<results.root>/<profile>/runs` and uploads every
+log that is not uploaded yet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from runners.command import command
+from runners.config import ConfigError
 from runners.record import COUNTERS, DONE, read_summary, read_table
 
 # x-axis and the prefix of what is drawn against it; a metric has one axis, so each is logged under three names.
 AXES = {"epoch": "", "train_seconds": "by_seconds/", "gradient_equivalents": "by_work/"}
+# A server that does not answer is given up after some seconds; the log stays, and a later upload sends it.
+PATIENCE = {
+    f"WANDB_X_{client}_RETRY_{setting}": value
+    for client in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
+    for setting, value in (("MAX", "5"), ("WAIT_MIN_SECONDS", "0.5"), ("WAIT_MAX_SECONDS", "8"))
+}
+SECONDS = 60  # for an upload, and as much again for every ten runs
 
 
 def mirror(folders: Iterable[Path], tracker: DictConfig) -> int:
-    """Mirror the finished records that are not mirrored yet; a failure is one warning.
+    """Mirror the finished records that are not mirrored yet, in online mode to the server; a failure is one warning.
 
     Args:
         folders: of records.
@@ -33,22 +49,81 @@ def mirror(folders: Iterable[Path], tracker: DictConfig) -> int:
     """
     if not tracker.mode:
         return 0
-    present = _mirrored(Path(tracker.dir), tracker.mode)
-    done = 0
-    for folder in map(Path, folders):
-        summary = read_summary(folder)
-        if folder.name in present or summary.get("status") not in DONE:
-            continue
+    made = []
+    try:
+        made = _write_logs([Path(folder) for folder in folders], tracker)
+        if tracker.mode == "online":
+            upload(made)
+    except Exception as error:  # the record is safe: whatever W&B says, the runs go on
+        reason = " ".join(str(error).split())[:200]
+        print(f"warning: not mirrored to W&B ({type(error).__name__}: {reason}); type make wandb-sync", file=sys.stderr)
+    return len(made)
+
+
+def logs(root: Path) -> list[Path]:
+    """The folders of the offline logs under `root`, which holds the folder `wandb/`."""
+    return sorted(root.glob("wandb/offline-run-*-*"))
+
+
+def is_uploaded(log: Path) -> bool:
+    return any(_marks(log))
+
+
+def _marks(log: Path) -> Iterable[Path]:
+    return log.glob("*.wandb.synced")
+
+
+def _run_id(log: Path) -> str:
+    return log.name.rpartition("-")[2]
+
+
+def upload(logs: Sequence[Path]) -> None:
+    """Send logs to the server that the user is logged in to; those already there are skipped.
+
+    Raises:
+        ConfigError: some could not be sent, with the reason that `wandb sync` gave.
+    """
+    waiting = [log for log in logs if not is_uploaded(log)]
+    if not waiting:
+        return
+    program = "runners.tracking"  # sent as the run's program: without it, a path of this machine
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", *map(str, waiting)],
+            env=os.environ | PATIENCE | {"WANDB_PROGRAM": program, "WANDB_SILENT": "false"},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS * (1 + len(waiting) / 10),
+        )  # fmt: skip
+        said = f"{done.stdout}\n{done.stderr}".splitlines()
+    except subprocess.TimeoutExpired as expired:
+        said = [f"error: no answer within {expired.timeout:.0f} s"]
+    errors = [line.strip() for line in said if "error" in line.lower() and "error logs" not in line]
+    for log in waiting:
+        if any(f"/{_run_id(log)}]" in line for line in errors):
+            for mark in _marks(log):  # wandb sync marks a run even where its history did not arrive
+                mark.unlink()
+    left = sum(not is_uploaded(log) for log in waiting)
+    if left:
+        reason = errors[0] if errors else "wandb sync gave no reason"
+        raise ConfigError(f"{left} of {len(waiting)} runs not uploaded ({reason[:200]})")
+
+
+def _write_logs(folders: Sequence[Path], tracker: DictConfig) -> list[Path]:
+    """Logs of the finished records that have none; written in a folder of their own, so that half of one is none."""
+    root = Path(tracker.dir)
+    present = {_run_id(log) for log in logs(root)}
+    todo = [(folder, summary) for folder in folders if (summary := read_summary(folder)).get("status") in DONE]
+    todo = [(folder, summary) for folder, summary in todo if folder.name not in present]
+    if not todo:
+        return []
+    (root / "wandb").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mirror-", dir=root / "wandb") as made:
         try:
-            _mirror_run(folder, summary, tracker)
-        except Exception as error:  # the record is safe: whatever W&B says, the runs go on
-            reason = " ".join(str(error).split())[:200]
-            print(f"warning: not mirrored to W&B ({type(error).__name__}: {reason}); try again later", file=sys.stderr)
-            break
-        done += 1
-    if done:
-        _flush()
-    return done
+            for folder, summary in todo:
+                _write_log(folder, summary, tracker, made)
+        finally:
+            _flush()
+        whole = logs(Path(made))
+        return [log.rename(root / "wandb" / log.name) for log in whole]
 
 
 def _flush() -> None:
@@ -59,27 +134,21 @@ def _flush() -> None:
         wandb.teardown()
 
 
-def _mirrored(root: Path, mode: str) -> set[str]:
-    pattern = "offline-run-*" if mode == "offline" else "run-*"
-    return {path.name.rpartition("-")[2] for path in root.glob(f"wandb/{pattern}")}
-
-
-def _mirror_run(folder: Path, summary: dict, tracker: DictConfig) -> None:
+def _write_log(folder: Path, summary: dict, tracker: DictConfig, root: str) -> None:
     import wandb
 
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     run = wandb.init(
         project=tracker.project,
         entity=tracker.entity,
-        dir=tracker.dir,
+        dir=root,
         id=folder.name,
         name=f"{summary['task']} {summary['optimizer']} seed {summary['seed']}",
         group=_group(summary, config),
         job_type="trial" if summary["holdout"] else "final",
         tags=[summary["task"], summary["optimizer"], config["profile"]["name"]],
         config=config | {"provenance": summary["provenance"]},
-        resume="allow",
-        settings=_settings(wandb, tracker.mode),
+        settings=_settings(wandb),
     )
     try:
         for axis, prefix in AXES.items():
@@ -95,9 +164,9 @@ def _mirror_run(folder: Path, summary: dict, tracker: DictConfig) -> None:
         run.finish()
 
 
-def _settings(wandb, mode: str):
+def _settings(wandb):
     return wandb.Settings(
-        mode=mode,
+        mode="offline",
         silent=True,
         console="off",
         host="",
@@ -130,3 +199,20 @@ def _layers(folder: Path) -> dict[float, dict[str, float]]:
 def _numbers(rows: Sequence[dict[str, str]]):
     for row in rows:
         yield {name: float(value) for name, value in row.items() if value != ""}
+
+
+def sync(cfg: DictConfig) -> None:
+    """Mirror the records of the config's profile and upload every log that is not uploaded yet."""
+    tracker = cfg.tracker
+    if not tracker.mode:
+        raise ConfigError("tracker=none mirrors nothing; type tracker=wandb_offline")
+    records = Path(cfg.results.root, cfg.profile.name, "runs").glob("*/*/*")
+    mirror(sorted(records), OmegaConf.merge(tracker, {"mode": "offline"}))
+    found = logs(Path(tracker.dir))
+    waiting = [log for log in found if not is_uploaded(log)]
+    upload(found)
+    print(f"{len(waiting)} runs uploaded, {len(found) - len(waiting)} had been before")
+
+
+if __name__ == "__main__":
+    command(sync)()
