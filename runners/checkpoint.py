@@ -1,43 +1,87 @@
 """Checkpoints: what a run needs to go on as if it had never stopped. The last two are kept.
 
-Each is one file, replaced whole, read with `weights_only=True`. A damaged one is named and the one before it is used.
+A file's name, `checkpoint-<n>-<digest>.pt`, counts the run's checkpoints and carries the SHA-256 of the content, so
+that damage is seen before anything is read; it appears whole, and is read with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import io
 import sys
 from pathlib import Path
 
 import hydra.utils
 import torch
 
-from runners.config import CALLABLE
+from runners.config import CALLABLE, ConfigError
 from runners.record import replace_file
 
-NAME, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+WEIGHTS = "checkpoint.pt"  # of a run that has ended
 
 
 def save(folder: Path, state: dict) -> None:
-    """Write a checkpoint; the present one becomes the one before it."""
-    latest = folder / NAME
-    if latest.exists():
-        os.replace(latest, folder / PREVIOUS)
-    replace_file(latest, lambda file: torch.save(state, file))
+    """Write a checkpoint beside the present one; those before that one go."""
+    content = io.BytesIO()  # in memory first: a digest of what was meant, not of what a full disk made of it
+    torch.save(state, content)
+    content = content.getbuffer()
+    earlier = _checkpoints(folder)
+    number = _number(earlier[0]) + 1 if earlier else 1
+    name = f"checkpoint-{number}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    replace_file(folder / name, lambda file: file.write_bytes(content))
+    _remove(earlier[1:])
 
 
 def load(folder: Path, device: torch.device) -> dict | None:
-    """The newest readable checkpoint in a folder, its tensors on `device`; None where there is none."""
-    for name in (NAME, PREVIOUS):
-        path = folder / name
-        if not path.exists():
+    """The newest checkpoint in a folder that is not damaged, its tensors on `device`; None where there is none.
+
+    Damaged ones are named on standard error, and go.
+
+    Raises:
+        ConfigError: it is not damaged, and cannot be read.
+    """
+    for path in _checkpoints(folder):
+        if not _is_whole(path):
+            print(f"warning: {path} is damaged; going on from the one before it", file=sys.stderr)
+            path.unlink()
             continue
         try:
             return _read(path, device)
-        except Exception as error:  # a damaged file shows in many ways: zip, pickle, storage sizes
-            reason = " ".join(str(error).split())[:120]
-            print(f"warning: {path} is damaged and left out ({type(error).__name__}: {reason})", file=sys.stderr)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{path} cannot be read ({type(error).__name__}: {reason}); remove it to begin from the start"
+            ) from error
     return None
+
+
+def finish(folder: Path) -> None:
+    """Remove the checkpoints of a run that has ended."""
+    _remove(_checkpoints(folder))
+
+
+def save_weights(folder: Path, weights: dict) -> None:
+    """Keep the model's weights of a run that has ended."""
+    replace_file(folder / WEIGHTS, lambda file: torch.save({"model": weights}, file))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first."""
+    return sorted(folder.glob("checkpoint-*-*.pt"), key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[1])
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(path.stem.split("-")[2])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path, device: torch.device) -> dict:
@@ -46,15 +90,6 @@ def _read(path: Path, device: torch.device) -> dict:
     declared = [hydra.utils.get_object(name) for name in foreign if name.startswith(tuple(f"{p}." for p in CALLABLE))]
     with torch.serialization.safe_globals(declared):
         return torch.load(path, map_location=device, weights_only=True)
-
-
-def finish(folder: Path, weights: dict | None) -> None:
-    """Replace the checkpoints of a run that has ended by its model's weights, or by nothing."""
-    if weights is not None:
-        replace_file(folder / NAME, lambda file: torch.save({"model": weights}, file))
-    else:
-        (folder / NAME).unlink(missing_ok=True)
-    (folder / PREVIOUS).unlink(missing_ok=True)
 
 
 def random_state(device: torch.device) -> dict:

@@ -18,25 +18,25 @@
     peak_memory_bytes       of training, less the data set: see `runners.memory`
     contended               true: something else ran beside it, its times do not count
     diverged_at             step whose loss (or after which the evaluation) was not finite, or null
+    diverged_in             layer in which the first number was found that is not finite, or null where not known
     tuning                  {trials, selected: {field: value}, on_edge} of the search behind the settings, or null
     provenance              {commit, dirty, versions, device, driver, threads, created}; no host, user or path
-`checkpoint.pt` while running: everything to go on from (and the one before it); afterwards the model's weights.
-                Tuning trials keep none.
+`checkpoint.pt` the model's weights; tuning trials keep none. While running, in its place `checkpoint-<n>-<digest>.pt`:
+                everything to go on from, and the one before it. `.owner` is there as long as a process makes the run.
 
-Every file is replaced whole: a reader, or a kill at any moment, sees the old one or the new one.
+Every file is replaced whole: a reader, or a kill at any moment, sees the old one or the new one. While a run lasts its
+tables are those of its last checkpoint.
 A record whose status is finished or diverged never changes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RECORD_VERSION = 1
@@ -46,32 +46,18 @@ DONE = ("finished", "diverged")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write(temporary)` make a file beside `path`, then put it in `path`'s place in one go."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Have `write(temporary)` make a file beside `path`, then put it in `path`'s place in one go.
+
+    The content is on the disk before it has the name, so that not even a machine that fails leaves half of it.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Have the folder of a run to oneself: another process that claims it waits. Left empty, the folder goes again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that makes {folder}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # not empty
-            for path in (folder, folder.parent, folder.parent.parent):  # run, optimizer, task
-                path.rmdir()
 
 
 def write_json(path: Path, content: dict) -> None:

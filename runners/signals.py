@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# SIGUSR1 and SIGUSR2 are schedulers' warnings that time is about to be up.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,7 +43,12 @@ class StopSignals:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def pass_on(self) -> None:
+        """Let the signal do what it would have done without us: a cluster's launcher, for one, requeues its job."""
+        before = self._before.get(self.received)
+        if callable(before) and before is not signal.default_int_handler:
+            signal.raise_signal(self.received)
 
     def _receive(self, number: int, _) -> None:
         self.received = number

@@ -21,14 +21,17 @@ from tqdm import tqdm
 from data.batches import Batch, Batches, Dataset
 from optimizers import Objective
 from runners import checkpoint, record
+from runners.claim import claim
 from runners.clock import Clock
 from runners.config import ConfigError, check_writable, run_folder, stream_seed
+from runners.divergence import NotFinite, first_layer, refuse_not_finite
 from runners.evaluation import measure, set_mode
 from runners.memory import PeakMemory, keep_freed_memory, traced_peak
 from runners.provenance import provenance
 from runners.signals import Interrupted, StopSignals
 
-CHECKPOINT_EVERY = 30.0  # seconds at least between checkpoints; they are written at evaluations
+CHECKPOINT_EVERY = 30.0  # seconds: the most work that a kill costs ...
+CHECKPOINT_SHARE = 0.02  # ... unless checkpoints are so slow that they would take more than this share of the time
 HOLDOUT = 0.1  # of the training set, in tuning
 UNRECORDED = ("data", "results", "tracker", "progress", "dry_run", "tuning")  # config of the place, not of the run
 
@@ -49,9 +52,11 @@ def run(cfg: DictConfig) -> Path:
         RunFailed: an error in training; recorded.
     """
     folder = run_folder(cfg)
-    if not record.is_done(folder):
+    if record.is_done(folder):
+        checkpoint.finish(folder)  # if it was killed between its last two files
+    else:
         check_writable(Path(cfg.results.root))
-        with record.claim(folder):
+        with claim(folder):
             if not record.is_done(folder):  # by another process, meanwhile
                 Trainer(cfg, folder).run()
     return folder
@@ -84,7 +89,9 @@ class Trainer:
         self.rows: list[dict] = []
         self.layers: list[list] = []
         self.diverged_at: int | None = None
-        self.began = self.checkpointed = time.monotonic()
+        self.diverged_in: str | None = None
+        self.began = time.monotonic()
+        self.next_checkpoint = self.began + CHECKPOINT_EVERY
         epoch, budget = len(self.batches), cfg.budget
         self.evaluate_every = epoch * cfg.task.evaluate_every
         self.last_step = epoch * budget.epochs if budget.epochs else budget.steps or math.inf
@@ -94,16 +101,24 @@ class Trainer:
 
     def run(self) -> None:
         """Train until the budget is spent, the run diverges or a signal comes, and write the record."""
+        state = checkpoint.load(self.folder, self.device)
+        if state is not None and state["run"] != self.folder.name:
+            raise ConfigError(
+                f"the checkpoints in {self.folder} are of another config (run {state['run']}); "
+                "remove them, or put them back where they belong"
+            )
         (self.folder / "error.txt").unlink(missing_ok=True)
         record.replace_file(self.folder / "config.yaml", self._save_config)
         status, message = "interrupted", None
         try:
             with StopSignals() as signals, self._progress() as self.bar:
-                self._start()
+                self._start(state)
                 while not (self._spent() or signals.received or self.diverged_at):
                     self._train(signals)
                     if self.step % self.evaluate_every == 0 or self._spent() or self.diverged_at:
                         self._evaluate()
+                    if self._checkpoint_due() and not (self._spent() or self.diverged_at):
+                        self._save_checkpoint()
                 if self.diverged_at:
                     status = "diverged"
                 elif self._spent():
@@ -113,16 +128,17 @@ class Trainer:
         except Exception as error:
             status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             details = traceback.format_exc()
-            record.replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
+            with contextlib.suppress(OSError):  # a full disk, most likely: the error itself says so
+                record.replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
             raise RunFailed(f"{message} (details: {self.folder / 'error.txt'})") from error
         finally:
             self._write(status, message)
         if status == "interrupted":
+            signals.pass_on()
             raise Interrupted(signals.received, self.folder)
 
-    def _start(self) -> None:
-        """Go on from the checkpoint, or begin: measure memory and evaluate before the first step."""
-        state = checkpoint.load(self.folder, self.device)
+    def _start(self, state: dict | None) -> None:
+        """Go on from a checkpoint, or begin: measure memory and evaluate before the first step."""
         if state is not None:
             self._restore(state)
             return
@@ -142,27 +158,34 @@ class Trainer:
             self.clock.stop()
 
     def _train(self, signals: StopSignals) -> None:
-        """Steps up to the next evaluation, the end of the budget, or a signal. Nothing here waits for the device."""
+        """Steps up to the next evaluation or checkpoint, the end of the budget, or a signal.
+
+        Nothing here waits for the device.
+        """
         self.memory.start()
         self.clock.start()
         try:
             while True:
-                minibatch = self.objective(*self._next_batch())
-                self.losses.append(self.optimizer.step(minibatch))
+                batch = self._next_batch()
+                self.losses.append(self.optimizer.step(self.objective(*batch)))
                 self.step += 1
                 if self.scheduler is not None and self.step % len(self.batches) == 0:
                     self.scheduler.step()
                 self.bar.update()
-                if self.step % self.evaluate_every == 0 or self._spent() or signals.received:
+                if self.step % self.evaluate_every == 0 or self._spent() or self._checkpoint_due() or signals.received:
                     break
-        except Exception:
+        except (ArithmeticError, RuntimeError, ValueError):
             # Methods that factorise or sample what is no longer finite raise in many ways: divergence, not failure.
-            if self._first_bad_loss() is None and minibatch.evaluate().isfinite():
+            self.diverged_in = first_layer(self.model, self.optimizer, batch.inputs)
+            if self._first_bad_loss() is None and self.diverged_in is None and self._loss_is_finite(batch):
                 raise
             self.diverged_at = self._first_bad_loss() or self.step + 1
         finally:
             self.clock.stop()
             self.memory.stop()
+
+    def _checkpoint_due(self) -> bool:
+        return time.monotonic() >= self.next_checkpoint
 
     def _spent(self) -> bool:
         return self.step >= self.last_step or self.clock.read() >= self.last_second
@@ -207,24 +230,21 @@ class Trainer:
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """A row of metrics and of layers; a checkpoint, if the last one is old. Finds out about divergence."""
+        """A row of metrics and of layers. Finds out about divergence."""
         self.diverged_at = self.diverged_at or self._first_bad_loss()
         self.losses.clear()
-        if self.diverged_at:
-            return
-        row = self._row()
+        row = {} if self.diverged_at else self._row()
         if not all(math.isfinite(value) for value in row.values() if value is not None):
             self.diverged_at = max(self.step, 1)
+        if self.diverged_at:
+            self.diverged_in = self.diverged_in or first_layer(self.model, self.optimizer)
             return
         self.rows.append(row)
         if hasattr(self.optimizer, "diagnostics"):
             for layer, quantities in self.optimizer.diagnostics().items():
                 for quantity, value in quantities.items():
                     self.layers.append([self.step, row["epoch"], layer, quantity, float(value)])
-        self._write_metrics()
         self.bar.set_postfix_str(f"train_loss {row['train_loss']:.4g}", refresh=False)
-        if time.monotonic() - self.checkpointed > CHECKPOINT_EVERY and not self._spent():
-            self._save_checkpoint()
 
     def _row(self) -> dict:
         row = {
@@ -243,6 +263,11 @@ class Trainer:
         row |= {f"{name}_loss": loss for name, (loss, _) in measured.items()}
         row |= {f"{name}_{self.likelihood.metric_name}": measured[name][1] for name in ("val", "test")}
         return row
+
+    def _loss_is_finite(self, batch: Batch) -> bool:
+        with contextlib.suppress(NotFinite):
+            return bool(self.objective(*batch).evaluate().isfinite())
+        return False
 
     def _first_bad_loss(self) -> int | None:
         """The first step since the last evaluation whose loss is not finite."""
@@ -293,6 +318,8 @@ class Trainer:
         with contextlib.redirect_stdout(io.StringIO()):  # some packages greet; the last line out is the run's folder
             optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
         set_mode("train", model, optimizer)
+        if self.device.type == "cpu":  # on others, looking would be waiting
+            model.register_forward_hook(refuse_not_finite)
         return model, objective, optimizer
 
     def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
@@ -307,10 +334,12 @@ class Trainer:
     # Checkpoint and record --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
+        began = time.monotonic()
         between_epochs = self.step % len(self.batches) == 0
         checkpoint.save(
             self.folder,
             {
+                "run": self.folder.name,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict() if self.scheduler else None,
@@ -328,8 +357,10 @@ class Trainer:
                 "memory": self.memory.bytes,
             },
         )
+        self._write_metrics()
         self._write_layers()
-        self.checkpointed = time.monotonic()
+        now = time.monotonic()
+        self.next_checkpoint = now + max(CHECKPOINT_EVERY, (now - began) / CHECKPOINT_SHARE)
 
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -352,12 +383,15 @@ class Trainer:
 
     def _write(self, status: str, message: str | None) -> None:
         """The record of a run that has ended, whichever way; the summary makes it final."""
+        done = status in record.DONE
+        if done and not self.cfg.holdout:
+            set_mode("eval", self.model, self.optimizer)
+            checkpoint.save_weights(self.folder, self.model.state_dict())
         self._write_metrics()
         self._write_layers()
         record.write_json(self.folder / "summary.json", self._summary(status, message))
-        if status in record.DONE:
-            set_mode("eval", self.model, self.optimizer)
-            checkpoint.finish(self.folder, None if self.cfg.holdout else self.model.state_dict())
+        if done:
+            checkpoint.finish(self.folder)
 
     def _write_metrics(self) -> None:
         columns = record.columns(self.likelihood.metric_name)
@@ -393,6 +427,7 @@ class Trainer:
             "peak_memory_bytes": self.memory.bytes,
             "contended": bool(cfg.launcher.contended) or self.clock.contended,
             "diverged_at": self.diverged_at,
+            "diverged_in": self.diverged_in,
             "tuning": OmegaConf.to_container(cfg.tuning) if cfg.tuning else None,
             "provenance": provenance(self.device, cfg.threads),
         }

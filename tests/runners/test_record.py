@@ -1,14 +1,10 @@
 import json
-import threading
-import time
 
 import pytest
 import torch
 
-from runners import checkpoint, record
+from runners import record
 from runners.memory import traced_peak
-
-CPU = torch.device("cpu")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -37,30 +33,6 @@ def test_json_has_no_numbers_that_json_does_not_know(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.0]}
 
 
-def test_a_claimed_folder_makes_others_wait_and_an_empty_one_goes(tmp_path, capsys):
-    folder = tmp_path / "results" / "task" / "optimizer" / "hash"
-    order = []
-
-    def other():
-        with record.claim(folder):
-            order.append("other")
-            (folder / "summary.json").write_text("{}")
-
-    with record.claim(folder):
-        thread = threading.Thread(target=other)
-        thread.start()
-        while "waiting for another process" not in capsys.readouterr().err:
-            time.sleep(0.01)
-        order.append("first")
-        (folder / "kept").write_text("")
-    thread.join(10)
-    assert order == ["first", "other"]
-    assert (folder / "summary.json").exists()
-    with record.claim(folder.with_name("empty")):
-        pass
-    assert [path.name for path in folder.parent.iterdir()] == ["hash"]
-
-
 @pytest.mark.parametrize("status", ["finished", "diverged", "interrupted", "failed"])
 def test_only_results_are_done(tmp_path, status):
     assert not record.is_done(tmp_path)
@@ -78,24 +50,6 @@ def test_final_is_the_last_row_and_best_follows_each_column(tmp_path):
     assert (final["train_loss"], final["test_accuracy"], final["val_loss"]) == (1.5, 0.5, None)
     assert (best["train_loss"], best["test_accuracy"], best["val_loss"]) == (1.0, 0.9, None)
     assert record.final_and_best([row(1.0, 3.0), row(2.0, 5.0)], "accuracy", "min")[1]["test_accuracy"] == 3.0
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, {"step": step, "weights": torch.full((100,), float(step))})
-    assert checkpoint.load(tmp_path, CPU)["step"] == 3
-    latest = tmp_path / "checkpoint.pt"
-    latest.write_bytes(latest.read_bytes()[:200])
-    assert checkpoint.load(tmp_path, CPU)["step"] == 2
-    assert f"{latest} is damaged" in capsys.readouterr().err
-    (tmp_path / "checkpoint-previous.pt").write_bytes(b"")
-    assert checkpoint.load(tmp_path, CPU) is None
-
-
-def test_checkpoints_carry_no_code(tmp_path, capsys):
-    torch.save({"step": 1, "code": print}, tmp_path / "checkpoint.pt")
-    assert checkpoint.load(tmp_path, CPU) is None
-    assert "damaged" in capsys.readouterr().err
 
 
 def test_traced_peak_counts_what_lives_at_one_time():

@@ -240,7 +240,7 @@ def test_only_decayed_parameters_decay(train, monkeypatch):
     groups = []
     start = trainer.Trainer._start
     monkeypatch.setattr(
-        trainer.Trainer, "_start", lambda self: groups.extend(self.optimizer.param_groups) or start(self)
+        trainer.Trainer, "_start", lambda self, state: groups.extend(self.optimizer.param_groups) or start(self, state)
     )
     train(*GRAPH, "optimizer.weight_decay=0.3", "budget.epochs=1")
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
