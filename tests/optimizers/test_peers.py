@@ -8,7 +8,18 @@ from models.likelihoods import Gaussian
 from optimizers import Objective
 from tests.optimizers import cases
 
-PEERS = ["soap", "shampoo_grafted", "prodigy", "dadaptation", "schedulefree", "muon", "lars", "lamb", "adahessian", "dog"]
+PEERS = [
+    "soap",
+    "shampoo_grafted",
+    "prodigy",
+    "dadaptation",
+    "schedulefree",
+    "muon",
+    "lars",
+    "lamb",
+    "adahessian",
+    "dog",
+]
 PACKAGES = {"prodigy": "prodigyopt", "dadaptation": "dadaptation", "schedulefree": "schedulefree", "dog": "dog"}
 WORK = {"adahessian": 3}  # gradient-equivalents a step, where it is not 1
 
