@@ -25,7 +25,7 @@ nodes of a graph), products of different rows dropped, the block is ``G ⊗ A`` 
 and ``G`` one row's own Hessian, whose secant pair is the change of the means over all rows. For convolutions ``A`` is
 the present batch's, as in that code, so that only ``A s_a`` is needed, two convolutions of one channel; its other
 damping, ``y ← y + √λ s``, is not used. Ahead of BatchNorm the mean of ``∂loss/∂z`` is zero and damping alone shapes
-``H_g``. BatchNorm and all other layers take the averaged gradient ``M``.
+``H_g``. BatchNorm and its like take the averaged gradient ``M``; so do all other layers, and a warning names them.
 
 ``ã`` is the code's, and looks like an oversight, but it is what its published curves were made with, and it matters:
 at their settings (``α = λ = 0.3``) the MNIST autoencoder follows them, and with ``mean ā`` diverges in its first epoch.
@@ -55,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optimizers.kfac import factor_rows, is_factored
+from optimizers.kfac import factor_rows, is_factored, warn_of_plain_gradient
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
 from optimizers.layered import LayeredOptimizer, RandomState, check
 from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, Trace, frozen_statistics
@@ -164,7 +164,10 @@ class KBFGS(LayeredOptimizer):
         layers = self.find_layers(minibatch)
         if layers is not known:
             self._blocks = {layer: homogeneous_block(layer) for layer in layers if _has_factors(layer)}
-            self._others = [tensor_block(y, p) for y in layers if y not in self._blocks for p in y.parameters]
+            others = [layer for layer in layers if layer not in self._blocks]
+            for layer in others:
+                warn_of_plain_gradient(self, layer)
+            self._others = [tensor_block(layer, p) for layer in others for p in layer.parameters]
 
     def _calls_of(self, trace: Trace) -> dict[Block, list[Call]]:
         calls = defaultdict(list)

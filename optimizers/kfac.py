@@ -27,8 +27,8 @@ the two dampings. A layer that is called several times has the rows of all its c
 propagate together has the right second moment. Rows that no label reaches (``δ_r = 0``) count in neither factor; with
 that, ``G ⊗ A`` is exact for a last layer whose output curvature is the same at all labelled nodes.
 
-BatchNorm and every layer that is not fully connected (``nn.Linear``), a plain two-dimensional convolution with one
-group, or a ``GCNConv`` takes the plain gradient.
+BatchNorm and its like take the plain gradient; so does every layer that is not fully connected (``nn.Linear``), a
+two-dimensional convolution with one group, or a ``GCNConv``, and a warning names it.
 
 ``lr`` ``α``, ``damping`` ``λ``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
 ``optimizers.kronecker``, whose text also tells of the first pass over the data.
@@ -36,12 +36,14 @@ group, or a ``GCNConv`` takes the plain gradient.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optimizers.kronecker import Block, Kronecker, Statistics, homogeneous_block, tensor_block
-from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer
+from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer, NormalisationLayer
 from optimizers.objective import Minibatch
 
 
@@ -55,6 +57,7 @@ class KFAC(Kronecker):
     def _blocks_of(self, layer: Layer) -> list[Block]:
         if is_factored(layer):
             return [homogeneous_block(layer)]
+        warn_of_plain_gradient(self, layer)
         return [tensor_block(layer, p) for p in layer.parameters]
 
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
@@ -94,6 +97,16 @@ def is_factored(layer: Layer) -> bool:
     if isinstance(layer, ConvolutionLayer):
         return isinstance(module, nn.Conv2d) and module.groups == 1
     return isinstance(layer, LinearLayer)
+
+
+def warn_of_plain_gradient(optimizer: torch.optim.Optimizer, layer: Layer) -> None:
+    """Name a layer that has no Kronecker form here; normalisations are known to have none."""
+    if not is_factored(layer) and not isinstance(layer, NormalisationLayer):
+        warnings.warn(
+            f"layer '{layer.name}' ({type(layer.module).__name__}) takes the plain gradient: {type(optimizer).__name__} "
+            "has factors for Linear, Conv2d with one group and GCNConv; Shampoo, TNT and MBF precondition any layer",
+            stacklevel=2,
+        )
 
 
 def _check_normalised(layer: Layer) -> bool:

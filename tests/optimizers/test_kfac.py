@@ -7,6 +7,7 @@ from torch import nn
 
 from models.likelihoods import Categorical, Gaussian
 from optimizers import Objective
+from optimizers.kbfgs import KBFGS
 from optimizers.kfac import KFAC
 from tests.optimizers.kronecker_problems import LeastSquares, Prescribed
 from tests.optimizers.test_layers import Graph, Tied
@@ -187,3 +188,15 @@ def test_kronecker_least_squares_in_one_step():
     optimizer = KFAC(problem.model.parameters(), lr=1.0, damping=1e-24, momentum=0.0)
     optimizer.step(objective(problem.x, problem.y))
     torch.testing.assert_close(problem.model.weight.detach(), problem.optimum)
+
+
+@pytest.mark.parametrize("method", [KFAC, KBFGS])
+def test_a_layer_without_factors_is_named_and_one_with_them_is_not(method):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten()).double()
+    x = torch.randn(5, 2, 1, 1, dtype=torch.float64)
+    minibatch = Objective(model, Gaussian())(x, torch.zeros(5, 4, dtype=torch.float64))
+    with pytest.warns(UserWarning) as warned:
+        method(model.parameters(), lr=0.1, damping=0.1).step(minibatch)
+    (message,) = {str(w.message) for w in warned if "plain gradient" in str(w.message)}
+    assert "layer '2' (Conv2d)" in message
+    assert "Shampoo, TNT and MBF" in message
