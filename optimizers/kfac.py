@@ -103,8 +103,9 @@ def warn_of_plain_gradient(optimizer: torch.optim.Optimizer, layer: Layer) -> No
     """Name a layer that has no Kronecker form here; normalisations are known to have none."""
     if not is_factored(layer) and not isinstance(layer, NormalisationLayer):
         warnings.warn(
-            f"layer '{layer.name}' ({type(layer.module).__name__}) takes the plain gradient: {type(optimizer).__name__} "
-            "has factors for Linear, Conv2d with one group and GCNConv; Shampoo, TNT and MBF precondition any layer",
+            f"layer '{layer.name}' ({type(layer.module).__name__}) takes the plain gradient: "
+            f"{type(optimizer).__name__} has factors for Linear, Conv2d with one group and GCNConv; "
+            "Shampoo, TNT and MBF precondition any layer",
             stacklevel=2,
         )
 
