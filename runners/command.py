@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,6 +16,22 @@ from runners.config import CONFIGS
 from runners.signals import Interrupted
 
 SHOW_TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own variable; set to 1, errors come with their traceback
+
+
+class SweepFailed(RuntimeError):
+    """Some jobs of a sweep failed, and the others were made.
+
+    Args:
+        failures: each with its error and the command to try again.
+        jobs: how many there were.
+    """
+
+    def __init__(self, failures: Sequence[str], jobs: int) -> None:
+        super().__init__(failures, jobs)
+        self.failures, self.jobs = failures, jobs
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self.failures)} of {self.jobs} jobs failed; to try them again:", *self.failures])
 
 
 def command(task: Callable[[DictConfig], object]) -> Callable[[], None]:
@@ -54,11 +70,14 @@ def _in_sweep() -> bool:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line; for an unknown choice or field, what there is to choose from."""
+    """An error in one line, or one for each job of a sweep; for an unknown choice or field, what there is to choose."""
+    if isinstance(error, SweepFailed):
+        return str(error)
     options = getattr(error, "options", None)
     if options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"unknown {group} {name}; choose one of {', '.join(sorted(options))}"
+        needs = "; launcher=slurm needs the extra `cluster` (docs/clusters.md)" if name == "submitit_slurm" else ""
+        return f"unknown {group} {name}; choose one of {', '.join(sorted(options))}{needs}"
     cause = error.__cause__
     if isinstance(error, InstantiationException) and cause is not None:  # what was called has said what is wrong
         return describe(cause)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runners.command import describe
 from runners.config import CONFIGS, complete, definite_device, definite_threads, resolve, run_folder
 from runners.record import is_done, read_summary
+
+ATTEMPTS = 2  # at launching jobs together, before each is launched by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +59,7 @@ class Job:
     @property
     def command(self) -> str:
         """What to type to make this run alone."""
-        return shlex.join(["python", "-m", "runners.train", *self.overrides])
+        return command_of("runners.train", self.overrides)
 
     def is_done(self) -> bool:
         return is_done(self.folder)
@@ -125,9 +130,8 @@ class Sweep:
         config = self._compose(*self.overrides.task, *self.overrides.hydra, mode=RunMode.MULTIRUN)
         context = HydraContext(config_loader=self.hydra.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=make, config=config)
-        returns = launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
-        outcomes = zip(jobs, returns, strict=True)
-        return [(job, describe(ret._return_value)) for job, ret in outcomes if ret.status == JobStatus.FAILED]
+        errors = launch(launcher, [job.overrides for job in jobs], lambda i: jobs[i].is_done())
+        return [(job, error) for job, error in zip(jobs, errors, strict=True) if error]
 
     @functools.cache  # noqa: B019 - lives as long as the command
     def _composed(self, task: str, optimizer: str) -> tuple[tuple[str, ...], DictConfig]:
@@ -145,6 +149,53 @@ class Sweep:
         OmegaConf.set_struct(cfg, False)
         OmegaConf.set_readonly(cfg, False)
         return cfg
+
+
+def launch(
+    launcher: Launcher, jobs: Sequence[Sequence[str]], is_done: Callable[[int], bool] = lambda i: False
+) -> list[str | None]:
+    """Have a launcher make jobs, given by their overrides.
+
+    A launcher that loses a worker raises, and tells nothing of the other jobs. What is not done then is launched again,
+    in the end job by job, so that one that kills its worker does not take the others along.
+
+    Args:
+        launcher: set up.
+        jobs: each a list of overrides.
+        is_done: whether the job of this index has its result.
+
+    Returns:
+        For each job its error in one line, or None.
+    """
+    errors: list[str | None] = [None] * len(jobs)
+    left = list(range(len(jobs)))
+    for _ in range(ATTEMPTS):
+        lost = _launch(launcher, jobs, left, errors)
+        if lost is None:
+            return errors
+        left = [i for i in left if not is_done(i)]
+        print(f"warning: a worker was lost; launching {len(left)} jobs again ({lost})", file=sys.stderr)
+    for i in left:
+        errors[i] = _launch(launcher, jobs, [i], errors) or errors[i]
+    return errors
+
+
+def _launch(launcher: Launcher, jobs: Sequence[Sequence[str]], which: list[int], errors: list) -> str | None:
+    """Launch some of the jobs and note their errors; what the launcher itself raises, in one line."""
+    try:
+        returns = launcher.launch([list(jobs[i]) for i in which], initial_job_idx=0) if which else []
+    except (HydraException, ImportError):  # a config that cannot be composed, a package that is not there
+        raise
+    except Exception as error:
+        return describe(error)[:300]
+    for i, ret in zip(which, returns, strict=True):
+        errors[i] = describe(ret._return_value) if ret.status == JobStatus.FAILED else None
+    return None
+
+
+def command_of(module: str, overrides: Sequence[str]) -> str:
+    """What to type to make one run alone."""
+    return shlex.join(["python", "-m", module, *overrides])
 
 
 def make(cfg: DictConfig) -> str:

@@ -42,7 +42,7 @@ def test_help_is_fast_and_lists_the_choices(call):
     ("argument", "pattern"),
     [
         ("task=nothing", r"error: unknown task nothing; choose one of autoencoder_curves, .*gcn_sbm"),
-        ("optimizer=nothing", r"error: unknown optimizer nothing; choose one of adam, .*sgdm"),
+        ("optimizer=nothing", r"error: unknown optimizer nothing; choose one of adahessian, adam, .*sgdm"),
         ("optimizer.rate=1", r"error: unknown field optimizer.rate; there are .*lr, momentum"),
         ("optimiser=sgd", r"error: unknown field optimiser; there are budget, .*optimizer"),
         ("budget.epochs=1", r"error: budget is given twice"),
@@ -79,8 +79,12 @@ def test_two_processes_with_the_same_run_make_it_once(tmp_path):
 
 def test_a_sweep_goes_on_after_a_failure_and_runs_side_by_side(call, tmp_path):
     sweep = (*SHORT, "seed=0,1", "task.batch_size=64,5000", "launcher=joblib", "hydra.launcher.n_jobs=2", "-m")
-    error = call("runners.train", *sweep, rc=1).stderr
-    assert error.splitlines()[-1].startswith("error: task.batch_size is 5000")
+    first, *failures = call("runners.train", *sweep, rc=1).stderr.splitlines()
+    assert first == "error: 2 of 4 jobs failed; to try them again:"
+    assert [line.partition(" but")[0] for line in failures[::2]] == ["task.batch_size is 5000"] * 2
+    for seed, command in enumerate(failures[1::2]):
+        assert command.startswith("    python -m runners.train results.root=results ")
+        assert {f"seed={seed}", "task.batch_size=5000"} <= set(command.split())
     summaries = [read_summary(path) for path in tmp_path.glob("results/cnn_digits/sgdm/*")]
     assert sorted(summary["seed"] for summary in summaries) == [0, 1]
     assert all(summary["contended"] for summary in summaries)
