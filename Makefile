@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test reproduce-paper report bench wandb-view wandb-sync wandb-dashboard lint lock clean
+.PHONY: help setup test reproduce-paper report bench wandb-view wandb-sync wandb-dashboard lint lock clean test-cluster
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 test: setup  ## Run all tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto $(ARGS)
 
-reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib)
+test-cluster: setup  ## Sweeps on a real Slurm and a real Ray on this machine, with a node killed (root; apt-get install slurm-wlm munge)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-cluster.lock
+	OMP_NUM_THREADS=1 CLUSTER=1 $(BIN)/python -m pytest -q tests/cluster $(ARGS)
+
+reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib|slurm|ray)
 	@$(BIN)/python -m runners.reproduce profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
 
 report: setup  ## Make the report of a profile's records again (PROFILE=quick|cpu|paper)
@@ -51,6 +55,7 @@ lint: setup  ## Check style
 
 lock: setup  ## Resolve the versions in requirements.lock anew
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dashboard --extra dev --extra peers pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra cluster pyproject.toml -c requirements.lock -o requirements-cluster.lock
 
 clean:  ## Remove caches; keeps .venv, data and results
 	rm -rf .pytest_cache .ruff_cache .hypothesis .cache *.egg-info

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import threading
 
-# SIGUSR1 and SIGUSR2 are schedulers' warnings that time is about to be up.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of schedulers, that time is about to be up
+STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,11 +46,19 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def pass_on(self) -> None:
-        """Let the signal do what it would have done without us: a cluster's launcher, for one, requeues its job."""
-        before = self._before.get(self.received)
-        if callable(before) and before is not signal.default_int_handler:
-            signal.raise_signal(self.received)
+    def requeue(self) -> None:
+        """After a scheduler's warning within a Slurm job: have the job queued again, to go on from the checkpoint.
+
+        A job of `launcher=slurm` is submitit's, which knows how to do that and ends the process; of any other job,
+        Slurm is asked itself. A job that gets SIGTERM is left to Slurm, which has queued it again if it was preempted,
+        and has not if it was cancelled.
+        """
+        if self.received not in WARNINGS:
+            return
+        if callable(self._before[signal.SIGUSR2]):
+            signal.raise_signal(signal.SIGUSR2)
+        elif "SLURM_JOB_ID" in os.environ:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
 
     def _receive(self, number: int, _) -> None:
         self.received = number

@@ -134,7 +134,7 @@ class Trainer:
         finally:
             self._write(status, message)
         if status == "interrupted":
-            signals.pass_on()
+            signals.requeue()
             raise Interrupted(signals.received, self.folder)
 
     def _start(self, state: dict | None) -> None:

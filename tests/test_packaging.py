@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -12,8 +13,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def locked():
-    lines = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+LOCKS = ("requirements.lock", "requirements-cluster.lock")
+
+
+def locked(name=LOCKS[0]):
+    lines = re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / name).read_text(), re.MULTILINE)
     versions = {}
     for name, version in lines:
         versions.setdefault(canonicalize_name(name), []).append(version)
@@ -26,12 +30,12 @@ def test_the_conda_environment_installs_the_project_with_extras_that_exist():
     assert plain == [f"python{PROJECT['requires-python']}", "pip"]
     (line,) = pip["pip"]
     extras = re.fullmatch(r"-e \.\[(.*)\]", line).group(1).split(",")
-    assert set(extras) == set(PROJECT["optional-dependencies"])
+    assert set(extras) == set(PROJECT["optional-dependencies"]) - {"cluster"}
     assert environment["name"] == PROJECT["name"]
 
 
 def test_the_lock_satisfies_the_project():
-    versions = locked()
+    versions = locked(LOCKS[1]) | locked()
     wanted = PROJECT["dependencies"] + [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
     for requirement in map(Requirement, wanted):
         found = versions.get(canonicalize_name(requirement.name), [])
@@ -39,8 +43,14 @@ def test_the_lock_satisfies_the_project():
         assert all(requirement.specifier.contains(version) for version in found), requirement
 
 
-def test_the_lock_has_no_addresses_and_no_local_versions():
-    text = (ROOT / "requirements.lock").read_text()
+def test_the_locks_agree():
+    plain, cluster = map(locked, LOCKS)
+    assert all(plain[name] == cluster[name] for name in plain.keys() & cluster.keys())
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_lock_has_no_addresses_and_no_local_versions(lock):
+    text = (ROOT / lock).read_text()
     assert "://" not in text
     assert "+cpu" not in text
 

@@ -1,0 +1,57 @@
+"""`launcher=slurm` on a real Slurm of two nodes, one of which is killed in the middle."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from runners.record import read_summary
+from tests.cluster.slurm import Slurm
+from tests.cluster.survival import ROOT, outcome
+
+SMALL = (
+    "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=2",
+    "budget.epochs=1500", "device=cpu", "tracker=none",
+)  # fmt: skip
+SLURM = ("launcher=slurm", "hydra.launcher.partition=debug", "hydra.launcher.timeout_min=30")
+
+
+def reproduce(root, *arguments, environment=None):
+    command = [sys.executable, "-m", "runners.reproduce", f"results.root={root}", *SMALL, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+
+
+@pytest.mark.needs("slurm")
+def test_a_node_is_killed_and_a_job_warned_and_the_results_are_whole(tmp_path):
+    alone = reproduce(tmp_path / "alone", "launcher=local", "threads=1")
+    assert alone.wait(600) == 0, alone.stderr.read()
+
+    root = tmp_path / "cluster"
+    with Slurm() as slurm:
+        sweep = reproduce(root, *SLURM, environment=slurm.environment)
+
+        def at_work(node):
+            return sweep.poll() is not None or (slurm.jobs(f"--nodelist={node}") and list(root.rglob(".owner")))
+
+        began = time.monotonic()
+        slurm.wait(lambda: at_work("n1"), 120)
+        time.sleep(1)
+        warned = slurm.jobs("--nodelist=n1")[0]
+        slurm.ask("scancel", "--signal=USR1", warned)
+        slurm.wait(lambda: warned not in slurm.jobs("--states=RUNNING"), 60)
+        assert warned in slurm.jobs(), "a job that was warned is queued again"
+        interrupted = [
+            path for path in root.rglob("summary.json") if read_summary(path.parent)["status"] == "interrupted"
+        ]
+
+        slurm.wait(lambda: at_work("n2"), 300)
+        slurm.kill("n2")
+        errors = sweep.communicate(timeout=900)[1]
+        print(f"with a node killed and a job warned: {time.monotonic() - began:.0f} s")
+        assert sweep.returncode == 0, errors
+        assert slurm.nodes()["n2"].startswith("down")
+    assert len(interrupted) == 1
+    assert outcome(root) == outcome(tmp_path / "alone")
