@@ -35,7 +35,7 @@ WHERE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: what is computed from it can be cached
 class Records:
     """Everything read from one results root.
 
@@ -123,6 +123,18 @@ class Records:
             return pd.read_csv(path)
         except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
             return pd.DataFrame(columns=["step", "epoch", "layer", "quantity", "value"])
+
+    def study(self, name: str) -> pd.DataFrame | None:
+        """The table `study/<name>.csv` under the root; None where there is none."""
+        path = self.root / "study" / f"{name}.csv"
+        return pd.read_csv(path) if path.exists() else None
+
+    @cached_property
+    def benches(self) -> dict[str, pd.DataFrame]:
+        """The benchmark's tables by device, from `bench/<device>/bench.csv` beside the root: the rows that ran."""
+        paths = sorted(self.root.resolve().parent.glob("bench/*/bench.csv"))
+        tables = {path.parent.name: pd.read_csv(path) for path in paths}
+        return {device: table[table.time_ratio.notna()] for device, table in tables.items()}
 
     @property
     def _folder(self) -> Path:

@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 
 from analysis import claims, figures, tables
+from analysis.curves import mean_curves
+from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_of
 from analysis.records import AXES, Records, load
-from analysis.style import KINDS, style
+from analysis.style import style
 
 PAGE = Path(__file__).parent / "page"
 FAMILIES = {"autoencoder": "Autoencoders", "cnn": "Convolutional networks", "gcn": "Graph convolutional networks"}
@@ -181,7 +183,7 @@ def _shown_row(row: dict, labels: dict) -> dict:
     }
 
 
-def families(records: Records, results: pd.DataFrame, drawn: list[figures.Drawn]) -> list[dict]:
+def families(records: Records, results: pd.DataFrame, drawn: list[Drawn]) -> list[dict]:
     """The tasks of each family with their figures, curves and results."""
     costs = tables.costs_to_target(records)
     costs = costs.groupby(["task", "optimizer", "measure"]).gradient_equivalents.median()
@@ -194,7 +196,7 @@ def families(records: Records, results: pd.DataFrame, drawn: list[figures.Drawn]
             tasks.append({
                 "name": task, "note": records.surrogate(task), "accuracy": rows.metric.iloc[0] == "accuracy",
                 "curves": [(axis, f) for axis in AXES for f in mine if f.name == f"curves_{axis}_{task}"],
-                "axes": figures.AXIS_LABELS,
+                "axes": AXIS_LABELS,
                 "others": [f for f in mine if not f.name.startswith("curves_")],
                 "rows": _shown_results(rows, costs), "plot": plot_data(records, task),
             })  # fmt: skip
@@ -222,26 +224,26 @@ def _shown_results(rows: pd.DataFrame, costs: pd.Series) -> list[dict]:
 
 def plot_data(records: Records, task: str) -> dict:
     """The data of a task's interactive curves."""
-    data = figures.mean_curves(records, task)
-    labels = {optimizer: (label, kind) for optimizer, label, kind in figures.labels_of(records, task)}
-    methods, accuracy = [], figures.scale_of(records, task, "test_metric")[1]
+    data = mean_curves(records, task)
+    labels = {optimizer: (label, group) for optimizer, label, group in methods_of(records, task)}
+    methods, accuracy = [], scale_of(records, task, "test_metric")[1]
     for optimizer in labels:
         rows = data[data.optimizer == optimizer]
         rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int))]
-        look, (label, kind) = style(optimizer), labels[optimizer]
-        entry = {"name": optimizer, "label": label, "kind": KINDS.get(kind, kind), "color": look.color}
+        look, (label, group) = style(optimizer), labels[optimizer]
+        entry = {"name": optimizer, "label": label, "kind": group, "color": look.color}
         entry |= {"width": look.width, "dash": look.dashes(), "bold": look.bold}
         for axis in AXES:
             entry[axis] = _rounded(rows[axis])
         for measure in ("train_loss", "test_metric"):
-            factor = figures.scale_of(records, task, measure)[0]
+            factor = scale_of(records, task, measure)[0]
             entry[measure] = [_rounded(rows[f"{measure}{end}"] * factor) for end in ("", "_low", "_high")]
         methods.append(entry)
     panels = [
         {"key": "train_loss", "label": "Training loss", "loss": True},
-        {"key": "test_metric", "label": figures.metric_name(records, task), "loss": not accuracy},
+        {"key": "test_metric", "label": metric_name(records, task), "loss": not accuracy},
     ]
-    return {"task": task, "axes": figures.AXIS_LABELS, "panels": panels, "methods": methods}
+    return {"task": task, "axes": AXIS_LABELS, "panels": panels, "methods": methods}
 
 
 def _rounded(values: pd.Series) -> list:

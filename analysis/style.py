@@ -2,7 +2,7 @@
 
 The colours are Okabe and Ito's, safe for colour-blind readers; line and marker tell methods apart in black and white.
 A layer-wise adaptive method has a strong colour and a thick solid line, its tuned base the same colour, thinner and
-dashed; the other methods are thin, first-order ones dashed and second-order ones dash-dotted.
+dashed. Many methods are drawn as small multiples, a panel per group with the layer-wise methods in each.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from scipy.optimize import isotonic_regression
 
 OLIVE, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#667022", "#e69f00", "#56b4e9", "#009e73", "#b5a800", "#0072b2", "#d55e00", "#cc79a7",
@@ -50,23 +52,43 @@ class Style:
         return "" if self.line == SOLID else " ".join(f"{self.width * part:g}" for part in self.line[1])
 
 
-STYLES = {
-    "lw_sgdm": Style(RED, SOLID, "o", bold=True),
-    "lw_adamw": Style(BLUE, SOLID, "s", bold=True),
-    "sgdm": Style(RED, DASHED, "o"),
-    "adamw": Style(BLUE, DASHED, "s"),
-    "sgd": Style(ORANGE, DASHED, "v"),
-    "adam": Style(SKY, DASHED, "^"),
-    "kfac": Style(GREEN, DASHDOT, "D"),
-    "shampoo": Style(PINK, DASHDOT, "P"),
-    "tnt": Style(PURPLE, DASHDOT, "X"),
-    "kbfgs": Style(BROWN, DASHDOT, "<"),
-    "kbfgs_l": Style(BROWN, LONG, ">"),
-    "mbf": Style(YELLOW, DASHDOT, "h"),
-    "curvature_rescaling": Style(TEAL, LONG, "p"),
-    "layer_specific": Style(OLIVE, DOTTED, "d"),
-    "back_matching": Style(GREY, DOTTED, "*"),
+# Methods by the group they are drawn in; within a group colours differ, over all groups line and marker do.
+GROUPS = {
+    "Layer-wise": {
+        "lw_sgdm": Style(RED, SOLID, "o", bold=True),
+        "lw_adamw": Style(BLUE, SOLID, "s", bold=True),
+    },
+    "First order": {
+        "sgdm": Style(RED, DASHED, "o"),
+        "adamw": Style(BLUE, DASHED, "s"),
+        "sgd": Style(ORANGE, DASHED, "v"),
+        "adam": Style(SKY, DASHED, "^"),
+        "lars": Style(PINK, DASHED, "<"),
+        "lamb": Style(GREEN, DASHED, "h"),
+        "muon": Style(PURPLE, DASHED, "P"),
+    },
+    "Adaptive rates": {
+        "curvature_rescaling": Style(TEAL, LONG, "p"),
+        "layer_specific": Style(OLIVE, DOTTED, "d"),
+        "back_matching": Style(GREY, DOTTED, "*"),
+        "prodigy": Style(GREEN, DOTTED, "o"),
+        "dadaptation": Style(ORANGE, DOTTED, "s"),
+        "dog": Style(PINK, DOTTED, "^"),
+        "schedulefree": Style(PURPLE, LONG, "v"),
+    },
+    "Second order": {
+        "kfac": Style(GREEN, DASHDOT, "D"),
+        "shampoo": Style(PINK, DASHDOT, "P"),
+        "tnt": Style(PURPLE, DASHDOT, "X"),
+        "mbf": Style(YELLOW, DASHDOT, "h"),
+        "kbfgs": Style(BROWN, DASHDOT, "<"),
+        "kbfgs_l": Style(ORANGE, LONG, ">"),
+        "shampoo_grafted": Style(GREY, DASHDOT, "o"),
+        "soap": Style(TEAL, DASHDOT, "s"),
+        "adahessian": Style(OLIVE, DASHDOT, "^"),
+    },
 }
+STYLES = {name: look for group in GROUPS.values() for name, look in group.items()}
 KINDS = {"layerwise": "Layer-wise", "first_order": "First order", "second_order": "Second order"}
 
 
@@ -79,6 +101,11 @@ def style(optimizer: str) -> Style:
     bold = optimizer.startswith("lw_")
     line = SOLID if bold else (DOTTED, LONG, DASHDOT)[number // 64 % 3]
     return Style(colors[number % len(colors)], line, "ov^<>sphXDd"[number // 8 % 11], bold=bold)
+
+
+def group(optimizer: str, kind: str) -> str:
+    """The group a method is drawn in: the table's, else by its kind."""
+    return next((name for name, members in GROUPS.items() if optimizer in members), KINDS.get(kind, kind))
 
 
 def order(optimizers) -> list[str]:
@@ -109,6 +136,21 @@ def use() -> None:
 
 
 PANEL, HEIGHT, LEGEND = 4.1, 3.3, 1.75  # inches
+PLOT, NAMES = 2.35, 1.75  # inches of a panel in small multiples, and of the names on its right
+
+
+def multiples(title: str, rows: int, columns: int, plot: float = PLOT, note: str = "") -> tuple[Figure, np.ndarray]:
+    """A grid of panels with room for names to the right of each; `plot` is a panel's width in inches."""
+    use()
+    width, height, gap = 0.75 + columns * (plot + NAMES), plot + 0.25, 0.62
+    tall = 0.85 + rows * (height + gap)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, tall), squeeze=False)
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - NAMES / width, top=1 - 0.85 / tall, bottom=(gap - 0.1) / tall,
+        wspace=NAMES / plot, hspace=gap / height,
+    )  # fmt: skip
+    _titles(figure, title, note)
+    return figure, axes
 
 
 def canvas(
@@ -126,9 +168,14 @@ def canvas(
         left=0.62 / width, right=1 - (LEGEND + 0.1) / width, top=1 - 0.72 / tall, bottom=0.5 / tall,
         wspace=0.68 / (PANEL - 0.68), hspace=0.78 / (height - 0.78),
     )  # fmt: skip
-    figure.suptitle(title, x=0.12 / width, y=1 - 0.1 / tall, ha="left", va="top", color="#222222")
-    figure.text(0.12 / width, 1 - 0.31 / tall, note, ha="left", va="top", color="#777777", fontsize=7.5)
+    _titles(figure, title, note)
     return figure, axes
+
+
+def _titles(figure: Figure, title: str, note: str) -> None:
+    width, tall = figure.get_size_inches()
+    figure.suptitle(title, x=0.12 / width, y=1 - 0.1 / tall, ha="left", va="top", color="#222222")
+    figure.text(0.12 / width, 1 - 0.33 / tall, note, ha="left", va="top", color="#666666", fontsize=7.5)
 
 
 def heading(text: str) -> Line2D:
@@ -137,12 +184,11 @@ def heading(text: str) -> Line2D:
 
 
 def method_handles(entries: list[tuple[str, str, str]]) -> list[Line2D]:
-    """Legend entries of methods, grouped by kind; `entries` are (optimizer, label, kind)."""
+    """Legend entries of methods, by group; `entries` are (optimizer, label, group)."""
     handles = []
-    for kind in [*KINDS, *sorted({kind for _, _, kind in entries} - set(KINDS))]:
-        group = [(optimizer, label) for optimizer, label, of in entries if of == kind]
-        handles += [heading(KINDS.get(kind, kind))] if group else []
-        handles += [Line2D([], [], label=label, **style(optimizer).plot()) for optimizer, label in group]
+    for name in dict.fromkeys(of for *_, of in entries):
+        members = [(optimizer, label) for optimizer, label, of in entries if of == name]
+        handles += [heading(name), *(Line2D([], [], label=label, **style(o).plot()) for o, label in members)]
     return handles
 
 
@@ -159,7 +205,48 @@ def legend(figure: Figure, handles: list[Line2D]) -> None:
 def shade(optimizer: str, methods: int) -> dict:
     """How a band is filled: fainter where many would lie on each other."""
     look = style(optimizer)
-    return {"color": look.color, "alpha": 0.16 if look.bold else 0.08 if methods <= 8 else 0.03, "linewidth": 0}
+    return {"color": look.color, "alpha": 0.16 if look.bold else 0.08 if methods <= 6 else 0.04, "linewidth": 0}
+
+
+def names_at_ends(axis, ends: list[tuple[str, str, float, float]]) -> None:
+    """The name of each line to the right of its panel at the height where it ends; `ends` are (optimizer, name, x, y).
+
+    Names that would overlap are moved apart; a thin line leads from the line's end to its name. Axis limits must stand.
+    """
+    known = [end for end in ends if np.isfinite(end[3])]
+    if not known:
+        return
+    to_axes = axis.transData + axis.transAxes.inverted()
+    at = np.clip([to_axes.transform((x, y)) for *_, x, y in known], 0, 1)
+    gap = 9.5 / 72 / (axis.get_position().height * axis.figure.get_figheight())
+    levels, looks = spread_out(at[:, 1], gap), [style(optimizer) for optimizer, *_ in known]
+    leads = [
+        [(x, y), (1.02, level if x > 0.98 else y), (1.05, level)] for (x, y), level in zip(at, levels, strict=True)
+    ]
+    colors = [look.color for look in looks]
+    axis.add_collection(
+        LineCollection(leads, colors=colors, linewidths=0.6, transform=axis.transAxes, clip_on=False, zorder=1),
+        autolim=False,
+    )
+    for (_, name, *_), look, level in zip(known, looks, levels, strict=True):
+        axis.plot([1.085], [level], marker=look.marker, color=look.color, markersize=4, transform=axis.transAxes,
+                  clip_on=False)  # fmt: skip
+        axis.text(1.12, level, name, transform=axis.transAxes, va="center", fontsize=8.5 if look.bold else 7.5,
+                  color=look.color if look.bold else "#333333")  # fmt: skip
+
+
+def spread_out(positions, gap: float) -> np.ndarray:
+    """Positions in [0, 1] moved as little as can be (least squares) so that neighbours are `gap` apart.
+
+    >>> spread_out([0.5, 0.5, 0.0], 0.1).round(2).tolist()
+    [0.45, 0.55, 0.0]
+    """
+    positions = np.asarray(positions, float)
+    ranked, steps = np.argsort(positions, kind="stable"), gap * np.arange(len(positions))
+    level = isotonic_regression(positions[ranked] - steps).x
+    result = np.empty_like(positions)
+    result[ranked] = np.clip(level, 0, max(0.0, 1 - steps[-1])) + steps
+    return result
 
 
 def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> None:
@@ -178,7 +265,7 @@ def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> No
         subs = (1.0,) if ratio > 1e3 else (1.0, 2.0, 5.0) if ratio > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
         axis.yaxis.set_major_locator(LogLocator(subs=subs))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_locator(NullLocator())
     else:
         room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         axis.set_ylim(low - room, high + room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ BASE = "sgdm"  # the method whose cost is 1 and whose tuned result is the target
 COSTS = ("train_seconds", "gradient_equivalents", "step")
 
 
+@lru_cache(maxsize=64)
 def results(records: Records, *tasks: str) -> pd.DataFrame:
     """One row per task (of those given, or of all) and method: means over seeds, costs relative to SGD-m, trials.
 
@@ -66,6 +68,7 @@ def targets(records: Records) -> dict[str, dict[str, float]]:
     return found
 
 
+@lru_cache(maxsize=4)
 def costs_to_target(records: Records) -> pd.DataFrame:
     """One row per run and measure: the time, gradient equivalents and steps until the target; misses are infinite."""
     goals, rows = targets(records), []

@@ -201,7 +201,7 @@ def draw(table: pd.DataFrame, folder: Path, words: str) -> None:
             axis.margins(x=0.2)
             axis.xaxis.set_major_locator(style.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(style.NullFormatter())
+            axis.xaxis.set_minor_locator(style.NullLocator())
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
     for suffix in ("pdf", "png"):
         figure.savefig(folder / f"bench.{suffix}")

@@ -1,4 +1,4 @@
-"""W&B workspaces as code: `python -m runners.dashboard profile=quick` saves a view per task where the user is logged in.
+"""W&B workspaces as code: `python -m runners.dashboard profile=quick` saves a view per task at W&B.
 
 A view is built from the profile's records, its panels from what `runners.tracking` mirrors: curves by method against
 each axis, step sizes by layer, cost, and the claims with their verdicts. Saved again, a view is replaced.

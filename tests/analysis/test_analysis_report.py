@@ -57,7 +57,7 @@ def test_every_link_resolves_and_nothing_is_remote(built):
 
 def test_figures_have_files_and_alternative_text(built):
     page = Page(built.read_text())
-    assert len(page.images) == 2 + 2 * 7
+    assert len(page.images) == 2 + 2 * (3 + 3)
     for image in page.images:
         assert len(image["alt"]) > 60
         for end in (".png", ".pdf", ".csv"):
