@@ -56,9 +56,9 @@ def run(cfg: DictConfig) -> Path:
         checkpoint.finish(folder)  # if it was killed between its last two files
     else:
         check_writable(Path(cfg.results.root))
-        with claim(folder):
+        with claim(folder), StopSignals() as signals:
             if not record.is_done(folder):  # by another process, meanwhile
-                Trainer(cfg, folder).run()
+                Trainer(cfg, folder).run(signals)
     return folder
 
 
@@ -99,7 +99,7 @@ class Trainer:
 
     # The course of a run ----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, signals: StopSignals) -> None:
         """Train until the budget is spent, the run diverges or a signal comes, and write the record."""
         state = checkpoint.load(self.folder, self.device)
         if state is not None and state["run"] != self.folder.name:
@@ -111,7 +111,7 @@ class Trainer:
         record.replace_file(self.folder / "config.yaml", self._save_config)
         status, message = "interrupted", None
         try:
-            with StopSignals() as signals, self._progress() as self.bar:
+            with self._progress() as self.bar:
                 self._start(state)
                 while not (self._spent() or signals.received or self.diverged_at):
                     self._train(signals)

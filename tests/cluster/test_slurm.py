@@ -12,7 +12,7 @@ from tests.cluster.survival import ROOT, outcome
 
 SMALL = (
     "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=2",
-    "budget.epochs=1500", "device=cpu", "tracker=none",
+    "budget.epochs=800", "device=cpu", "tracker=none",
 )  # fmt: skip
 SLURM = ("launcher=slurm", "hydra.launcher.partition=debug", "hydra.launcher.timeout_min=30")
 
@@ -33,25 +33,21 @@ def test_a_node_is_killed_and_a_job_warned_and_the_results_are_whole(tmp_path):
     with Slurm() as slurm:
         sweep = reproduce(root, *SLURM, environment=slurm.environment)
 
-        def at_work(node):
-            return sweep.poll() is not None or (slurm.jobs(f"--nodelist={node}") and list(root.rglob(".owner")))
+        def both_at_work():
+            assert sweep.poll() is None, sweep.stderr.read()
+            return len(list(root.rglob(".owner"))) == 2
 
         began = time.monotonic()
-        slurm.wait(lambda: at_work("n1"), 120)
-        time.sleep(1)
-        warned = slurm.jobs("--nodelist=n1")[0]
+        slurm.wait(both_at_work, 120)
+        (warned,) = slurm.jobs("--nodelist=n1")
         slurm.ask("scancel", "--signal=USR1", warned)
         slurm.wait(lambda: warned not in slurm.jobs("--states=RUNNING"), 60)
         assert warned in slurm.jobs(), "a job that was warned is queued again"
-        interrupted = [
-            path for path in root.rglob("summary.json") if read_summary(path.parent)["status"] == "interrupted"
-        ]
-
-        slurm.wait(lambda: at_work("n2"), 300)
+        statuses = [read_summary(path.parent)["status"] for path in root.rglob("summary.json")]
         slurm.kill("n2")
         errors = sweep.communicate(timeout=900)[1]
         print(f"with a node killed and a job warned: {time.monotonic() - began:.0f} s")
         assert sweep.returncode == 0, errors
         assert slurm.nodes()["n2"].startswith("down")
-    assert len(interrupted) == 1
+    assert statuses == ["interrupted"]
     assert outcome(root) == outcome(tmp_path / "alone")
