@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test reproduce-paper report bench wandb-view wandb-sync wandb-dashboard lint lock clean test-cluster
+.PHONY: help setup test reproduce-paper figure report bench wandb-view wandb-sync wandb-dashboard lint lock clean test-cluster
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-cluster: setup  ## Sweeps on a real Slurm and a real Ray on this machine, w
 
 reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib|slurm|ray)
 	@$(BIN)/python -m runners.reproduce profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
+
+figure: setup  ## Make what one figure of docs/figures.md needs, and draw it (N=1..11, PROFILE=quick|cpu|paper)
+	@$(BIN)/python -m runners.reproduce experiment=figure_$(N) profile=$(PROFILE) launcher=$(LAUNCHER) $(ARGS)
 
 report: setup  ## Make the report of a profile's records again (PROFILE=quick|cpu|paper)
 	@$(BIN)/python -m analysis.report results/$(PROFILE)

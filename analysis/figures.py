@@ -32,7 +32,7 @@ OVER_TASKS = (performance_profiles, cost, linear_convergence, estimators)
 def jobs(records: Records) -> dict[str, tuple[Callable, tuple]]:
     """Every figure that the records may show, in the report's order: its stable name, function and arguments."""
     tasks = [task for task in records.tasks if (records.finals.task == task).any()]
-    found = {draw.__name__: (draw, ()) for draw in OVER_TASKS} if tasks else {}
+    found = {draw.__name__: (draw, ()) for draw in OVER_TASKS}
     found |= {f"bench_{device}": (bench, (device,)) for device in records.benches}
     for task in tasks:
         found |= {f"curves_{axis}_{task}": (curves, (task, axis)) for axis in DRAWN_AXES}

@@ -1,5 +1,7 @@
 """Reproduce the comparison of a profile: `python -m runners.reproduce profile=quick [launcher=joblib] [dry_run=true]`.
 
+With `experiment=figure_N` only what that figure needs: its tasks and methods, and the figure in place of the report.
+
 Enumerate tasks, methods and seeds; tune what is tuned; run all seeds; analyse. Runs go through Hydra's launcher. What
 is done is never made again, so that the same command goes on after any interruption. One failing run does not stop
 the rest.
@@ -12,10 +14,10 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runners.command import command, describe
-from runners.config import ConfigError
+from runners.config import CONFIGS, ConfigError
 from runners.estimate import Estimates, spoken
 from runners.progress import Progress
 from runners.record import replace_file
@@ -63,6 +65,9 @@ class Plan:
 
 def reproduce(cfg: DictConfig) -> None:
     """Make or complete the reproduction of the config's profile, and print a table and the report's path."""
+    experiment = cfg.get("experiment")
+    if experiment:
+        cfg.profile = narrowed(cfg.profile, experiment)
     sweep = Sweep(cfg)
     plan = Plan(sweep)
     expected = plan.expected()
@@ -80,9 +85,12 @@ def reproduce(cfg: DictConfig) -> None:
     mirror([job.folder for job in finals], cfg.tracker)
     _print_table(finals)
     try:
-        print(f"report: {_report(sweep.folder)}")
+        if experiment:
+            print("\n".join(map(str, _figures(sweep.folder, list(experiment.figures)))))
+        else:
+            print(f"report: {_report(sweep.folder)}")
     except Exception as error:  # the runs that failed are to be named even so
-        failures.append(f"the report: {describe(error)}")
+        failures.append(f"{'the figure' if experiment else 'the report'}: {describe(error)}")
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} failed; the same command tries them again:", *failures]))
 
@@ -99,15 +107,37 @@ def _print_plan(plan: Plan, jobs: list[Job], estimates: Estimates) -> None:
     )
 
 
+def narrowed(profile: DictConfig, experiment: DictConfig) -> DictConfig:
+    """The profile with the experiment's families of tasks and its methods; null stands for all of the profile's."""
+    profile = profile.copy()
+    if experiment.families is not None:
+        family = {task: OmegaConf.load(CONFIGS / "task" / f"{task}.yaml").family for task in profile.tasks}
+        profile.tasks = [task for task in profile.tasks if family[task] in experiment.families]
+    if experiment.optimizers is not None:
+        profile.optimizers = list(experiment.optimizers)
+    return profile
+
+
+def _figures(folder: Path, names: list[str]) -> list[Path]:
+    """Draw figures of a folder of records; their PDFs."""
+    from analysis import figures, records
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw_all(records.load(folder), folder / "figures", names)
+    if not drawn:
+        raise FileNotFoundError(f"{folder} has no data for {', '.join(names)}; docs/figures.md says what makes them")
+    return [folder / "figures" / f"{figure.name}.pdf" for figure in drawn]
+
+
 def _report(folder: Path) -> Path:
-    """The report on a folder of records, made anew if they or the analysis changed."""
+    """The report on a folder of records, made anew if they, the study, the benchmark or the analysis changed."""
     index, seal = folder / "report" / "index.html", folder / "report" / ".made-from"
     analysis = Path(__file__).resolve().parent.parent / "analysis"
-    sources = sorted(
-        [*analysis.glob("**/*.py"), *folder.glob("runs/*/*/*/summary.json"), *folder.glob("tuning/*/*.json")]
-    )
+    sources = [path for path in analysis.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for pattern in ("runs/*/*/*/summary.json", "tuning/*/*.json", "study/*.csv", "../bench/*/bench.csv"):
+        sources += folder.glob(pattern)
     state = hashlib.sha256()
-    for path in sources:
+    for path in sorted(sources):
         state.update(f"{path} ".encode() + path.read_bytes())
     if index.exists() and seal.exists() and seal.read_text() == state.hexdigest():
         return index
@@ -121,6 +151,8 @@ def _report(folder: Path) -> Path:
 def _print_table(jobs: list[Job]) -> None:
     """Final training loss and test metric, mean ± standard deviation over seeds."""
     pairs = dict.fromkeys(job.pair for job in jobs)
+    if not pairs:  # an experiment without runs of its own
+        return
     print(f"\n{'task':26} {'optimizer':14} {'n':>2} {'training loss':>20} {'test metric':>26}  settings")
     for pair in pairs:
         mine = [job for job in jobs if job.pair == pair and job.is_done()]
