@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 from runners.record import RECORD_VERSION
@@ -20,8 +23,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # Configs name classes by `_target_`; only these packages may be called by one.
 CALLABLE = (
     "optimizers", "models", "data", "torch.optim",
-    "pytorch_optimizer", "prodigyopt", "dadaptation", "schedulefree",
+    "pytorch_optimizer", "prodigyopt", "dadaptation", "schedulefree", "dog",
 )  # fmt: skip
+
+# Sections that may read environment variables: they say where things are, and are in no record.
+FROM_ENVIRONMENT = ("data", "results", "tracker")
 
 # Left out of the hash: where a run is made, kept and shown. The profile counts by the budget it gives.
 WHERE = ("data", "results", "tracker", "launcher", "progress", "dry_run", "tuning", "profile", "experiment")
@@ -38,9 +44,30 @@ def resolve(cfg: DictConfig) -> DictConfig:
         ConfigError: naming the field, what is wrong with it, and what to type.
     """
     cfg = complete(cfg)
+    raw = OmegaConf.to_container(cfg)
+    for path, value in _leaves({key: value for key, value in raw.items() if key not in FROM_ENVIRONMENT}):
+        if "oc.env" in str(value):
+            raise ConfigError(f"{path} is {value}; only {', '.join(FROM_ENVIRONMENT)} may read environment variables")
     OmegaConf.resolve(cfg)
     _check(cfg)
     return cfg
+
+
+def check_callables(cfg: DictConfig) -> None:
+    """Look up what every `_target_` of a resolved config names, before any of it is called.
+
+    A name can begin with a declared package and lead out of it, along what its modules import.
+
+    Raises:
+        ConfigError: it is not a class or function that a declared package defines, or it does not exist.
+    """
+    for path, target in _targets(OmegaConf.to_container(cfg)):
+        try:
+            found = hydra.utils.get_object(target)
+        except Exception as error:
+            raise ConfigError(f"{path} is {target}, which cannot be imported ({error})") from error
+        if (not inspect.isclass(found) and not inspect.isfunction(found)) or not _is_declared(f"{found.__module__}."):
+            raise ConfigError(f"{path} is {target}, which is no class or function of {', '.join(CALLABLE)}")
 
 
 def complete(cfg: DictConfig) -> DictConfig:
@@ -135,7 +162,7 @@ def _default_threads() -> int:
 
 def _check(cfg: DictConfig) -> None:
     for path, target in _targets(OmegaConf.to_container(cfg)):
-        if not any(target.startswith(f"{package}.") for package in CALLABLE):
+        if not _is_declared(target):
             raise ConfigError(f"{path} is {target}; only these packages may be named: {', '.join(CALLABLE)}")
     for field in ("seed", "threads"):
         least = 0 if field == "seed" else 1
@@ -147,6 +174,10 @@ def _check(cfg: DictConfig) -> None:
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
+
+
+def _is_declared(name: str) -> bool:
+    return name.startswith(tuple(f"{package}." for package in CALLABLE))
 
 
 def check_writable(root: Path) -> None:
@@ -164,15 +195,19 @@ def check_writable(root: Path) -> None:
         raise ConfigError(f"results.root={root} cannot be written ({reason}); type results.root=FOLDER") from None
 
 
-def _targets(node, path: str = ""):
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "_target_" and value is not None:
-                yield f"{path}_target_", str(value)
-            yield from _targets(value, f"{path}{key}.")
-    elif isinstance(node, list):
-        for i, value in enumerate(node):
-            yield from _targets(value, f"{path}{i}.")
+def _targets(node: dict) -> Iterator[tuple[str, str]]:
+    for path, value in _leaves(node):
+        if path.rpartition(".")[2] == "_target_" and value is not None:
+            yield path, str(value)
+
+
+def _leaves(node, path: str = "") -> Iterator[tuple[str, object]]:
+    """The values of a nest of dicts and lists, each with its path."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
 
 
 def _number(value) -> bool:

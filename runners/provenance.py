@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +26,14 @@ def provenance(device: torch.device, threads: int) -> dict:
         "threads": threads,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def anonymous(text: str) -> str:
+    """A text without the paths of this machine, which name people."""
+    for place in (Path(__file__).resolve().parent.parent, Path.cwd(), Path(sys.prefix), Path.home()):
+        if len(place.parts) > 1:
+            text = text.replace(f"{place}{os.sep}", "")
+    return text
 
 
 @functools.cache

@@ -23,11 +23,11 @@ from optimizers import Objective
 from runners import checkpoint, record
 from runners.claim import claim
 from runners.clock import Clock
-from runners.config import ConfigError, check_writable, run_folder, stream_seed
+from runners.config import ConfigError, check_callables, check_writable, run_folder, stream_seed
 from runners.divergence import NotFinite, first_layer, refuse_not_finite
 from runners.evaluation import measure, set_mode
 from runners.memory import PeakMemory, keep_freed_memory, traced_peak
-from runners.provenance import provenance
+from runners.provenance import anonymous, provenance
 from runners.signals import Interrupted, StopSignals
 
 CHECKPOINT_EVERY = 30.0  # seconds: the most work that a kill costs ...
@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> Path:
     if record.is_done(folder):
         checkpoint.finish(folder)  # if it was killed between its last two files
     else:
+        check_callables(cfg)
         check_writable(Path(cfg.results.root))
         with claim(folder), StopSignals() as signals:
             if not record.is_done(folder):  # by another process, meanwhile
@@ -126,8 +127,8 @@ class Trainer:
                 else:
                     self._save_checkpoint()
         except Exception as error:
-            status, message = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            details = traceback.format_exc()
+            status, message = "failed", anonymous(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            details = anonymous(traceback.format_exc())
             with contextlib.suppress(OSError):  # a full disk, most likely: the error itself says so
                 record.replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
             raise RunFailed(f"{message} (details: {self.folder / 'error.txt'})") from error
