@@ -31,7 +31,7 @@ NUMBERS = (
     ("difference", "Difference", 3), ("interval", "95 % interval", 3), ("margin", "Margin", 3),
     ("p_worse", "p (worse)", 2), ("p_holm", "p (Holm)", 2), ("p_better", "p (better)", 2), ("ratio", "Ratio", 3),
     ("memory_ratio", "Memory ratio", 3), ("limit", "Limit", 3), ("last_over_peak", "Last / peak", 2),
-    ("correlation", "Correlation", 2), ("field", "Field", 0), ("from", "From", 2),
+    ("correlation", "Correlation", 2), ("r_squared", "R²", 3), ("field", "Field", 0), ("from", "From", 2),
     ("to", "To", 2), ("holds", "Holds", 0),
 )  # fmt: skip
 

@@ -51,7 +51,7 @@ def good(tmp_path_factory) -> Path:
 def test_with_all_methods_planted_well_all_testable_claims_hold(good):
     found = verdicts(good)
     untested = {key for key, verdict in found.items() if verdict == UNTESTED}
-    assert untested == {("LW-6", "insensitivity"), ("LW-7", "experiment"), ("AD-2", "experiment")}
+    assert untested == {("LW-6", "insensitivity"), ("LW-7", "linear convergence"), ("AD-2", "two regimes")}
     assert {found[key] for key in found if key not in untested} == {YES}
 
 
@@ -152,6 +152,77 @@ def test_insensitivity_needs_two_decades_of_one_field(tmp_path):
     for seed in range(2):
         write_run(tmp_path, "gcn_sbm", "lw_sgdm", seed, Planted(final=0.9), values={"lr": 10.0}, profile=profile)
     assert verdicts(tmp_path)["LW-6", "insensitivity"] == NO
+
+
+@pytest.fixture
+def contended(tmp_path):
+    """Runs without any usable time, and a benchmark beside the results folder."""
+    beside = {name: Planted(**(vars(one) | {"contended": True})) for name, one in ALL.items()}
+    planted(tmp_path / "quick", beside, tasks=["gcn_sbm"])
+    return tmp_path / "quick"
+
+
+def bench(root, **times):
+    """A benchmark of one workload with these times relative to SGD-m's."""
+    folder = root.parent / "bench" / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["workload,optimizer,time_ratio,memory_ratio,steps,refused", "gcn_cora,kfac,,,,no time left"]
+    rows += [f"gcn_cora,{name},{ratio},1.1,40," for name, ratio in times.items()]
+    (folder / "bench.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_time_claims_fall_back_on_the_benchmark(contended):
+    claim = claims.CLAIMS[3]
+    (verdict,) = claim.test(load(contended), claim)
+    assert claim.id == "LW-4" and verdict.verdict == UNTESTED and "no benchmark (make bench)" in verdict.reason
+    bench(contended, sgdm=1, lw_sgdm=1.9, lw_adamw=2.1)
+    (verdict,) = claim.test(load(contended), claim)
+    assert verdict.verdict == YES and verdict.reason == "holds in all 2 comparisons of the benchmark"
+    row = verdict.rows[1]
+    assert (row["task"], row["ratio"], row["n"]) == ("gcn_cora (cpu)", 2.1, 40)
+    bench(contended, sgdm=1, lw_sgdm=1.9, lw_adamw=2.4)
+    assert verdicts(contended, "LW-4")["LW-4", "time per step"] == NO
+    bench(contended, sgdm=1, lw_sgdm=1.9)
+    assert verdicts(contended, "LW-4")["LW-4", "time per step"] == UNTESTED
+    bench(contended, sgdm=1, sgd=0.5, curvature_rescaling=0.8)  # AD-1 is about SGD, not SGD-m
+    assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == YES
+    bench(contended, sgdm=1, sgd=0.5, curvature_rescaling=1.3)
+    assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == NO
+
+
+@pytest.mark.parametrize("observed, expected", [(0.9, YES), (0.96, NO)])
+def test_linear_convergence_is_judged_by_the_derived_rate(tmp_path, observed, expected):
+    (tmp_path / "study").mkdir()
+    rows = [f"mlp,8,exact,{seed},{step},{3 * observed**step},0.95" for seed in range(2) for step in range(40)]
+    text = "\n".join(["task,width,estimator,seed,step,gap,rate_derived", *rows])
+    (tmp_path / "study" / "linear_convergence.csv").write_text(text)
+    assert verdicts(tmp_path, "LW-7")["LW-7", "linear convergence"] == expected
+
+
+def test_slower_than_linear_is_not_linear(tmp_path):
+    (tmp_path / "study").mkdir()
+    rows = [f"mlp,8,exact,0,{step},{1 / (1 + step) ** 2},1.0" for step in range(0, 4000, 40)]
+    text = "\n".join(["task,width,estimator,seed,step,gap,rate_derived", *rows])
+    (tmp_path / "study" / "linear_convergence.csv").write_text(text)
+    assert verdicts(tmp_path, "LW-7")["LW-7", "linear convergence"] == NO
+
+
+def test_regimes_are_judged_from_the_trials(tmp_path):
+    profile = {"name": "test", "tasks": ["gcn_sbm"], "seeds": 2}
+
+    def trial(rate, final, size):
+        name = write_run(tmp_path, "gcn_sbm", "curvature_rescaling", 0, Planted(final=final), values={"lr": rate},
+                         holdout=True, profile=profile)  # fmt: skip
+        layers = f"step,epoch,layer,quantity,value\n10,1,all,step_size,{size}\n20,2,all,step_size,{size}\n"
+        (tmp_path / "runs" / name / "layers.csv").write_text(layers)
+
+    write_run(tmp_path, "gcn_sbm", "curvature_rescaling", 0, Planted(), profile=profile)
+    trial(0.5, final=0.2, size=0.1)
+    assert verdicts(tmp_path, "AD-2")["AD-2", "two regimes"] == UNTESTED
+    trial(1.9, final=0.4, size=0.9)
+    assert verdicts(tmp_path, "AD-2")["AD-2", "two regimes"] == YES
+    trial(1.8, final=0.1, size=0.9)
+    assert verdicts(tmp_path, "AD-2")["AD-2", "two regimes"] == NO
 
 
 def test_numbers_and_json(tmp_path):
