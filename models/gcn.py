@@ -35,8 +35,8 @@ class GCN(nn.Module):
         hidden = self.relu(self.conv1(self.dropout1(features), adjacency))
         return self.conv2(self.dropout2(hidden), adjacency)
 
-    def decayed_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters under weight decay: the first layer's, as in the original."""
+    def penalised_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters under an L2 penalty: the first layer's, as in the original."""
         return self.conv1.parameters()
 
 

@@ -99,7 +99,7 @@ class SampledFisher:
             s = torch.stack([slopes.get(layer, none) for layer in directions])
             q = q + s @ s.T / (size * draws)
         minibatch.count(TANGENT * size / minibatch.size)
-        return q
+        return q + _penalty(minibatch, directions)
 
     def _rows(self, minibatch: Minibatch, trace: Trace) -> Tensor | None:
         """The examples that are paired; None: all. Drawn, because the order of a full batch may carry meaning."""
@@ -128,7 +128,7 @@ class RandomSignGaussNewton:
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
         products = _GaussNewtonProduct(minibatch, trace, directions)
         minibatch.count(HESSIAN_VECTOR_PRODUCT)
-        return _random_sign_matrix(minibatch, products)
+        return _random_sign_matrix(minibatch, products) + _penalty(minibatch, directions)
 
 
 class ExactGaussNewton:
@@ -139,7 +139,8 @@ class ExactGaussNewton:
         tangents = [product.tangent({layer: directions[layer]}) for layer in directions]
         minibatch.count(HESSIAN_VECTOR_PRODUCT / 2 * (1 + len(tangents)))
         curved = [minibatch.hessian_product(trace.outputs, t).flatten() for t in tangents]
-        return torch.stack([t.flatten() for t in tangents]) @ torch.stack(curved).T / minibatch.size
+        q = torch.stack([t.flatten() for t in tangents]) @ torch.stack(curved).T / minibatch.size
+        return q + _penalty(minibatch, directions)
 
 
 class ExactHessian:
@@ -194,6 +195,13 @@ class _GaussNewtonProduct:
             self.trace.outputs, self.parameters, curved, retain_graph=True, materialize_grads=True
         )
         return _dots(self.directions, products)
+
+
+def _penalty(minibatch: Minibatch, directions: Directions) -> Tensor | float:
+    """The penalty's part of ``Q``, which is diagonal: no two layers share a parameter."""
+    if not minibatch.objective.penalty:
+        return 0.0
+    return torch.diag(torch.stack([minibatch.penalty_curvature(layer, d) for layer, d in directions.items()]))
 
 
 def _random_sign_matrix(minibatch: Minibatch, product) -> Tensor:

@@ -118,7 +118,7 @@ class KBFGS(LayeredOptimizer):
             trace = closure.trace()
             residual = closure.residual(trace.outputs) / closure.size
             trace.backward(residual, after.add)
-        past = self.averaging if closure.sampling_noise else 0.0
+        past = 0.0 if closure.complete else self.averaging
         for block in before.values:
             self._update_g_of(block, closure.size, before.values[block], after.values[block], past)
             self._update_h_a(block, *actions[block], mean=before.values[block][0])

@@ -55,7 +55,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from optimizers.curvature import Directions, SampledFisher
 from optimizers.layered import LayeredOptimizer, check, dot
@@ -183,9 +182,9 @@ class Layerwise(LayeredOptimizer):
         length = torch.stack([dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         slope = torch.stack([dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
-        minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
         if search["measured"] % self.noise_every == 0:
             self._measure_noise(minibatch, trace, per_length, search)
+        minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
         q = self.curvature(minibatch, trace, directions)
         search["measured"] += 1
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
@@ -194,18 +193,15 @@ class Layerwise(LayeredOptimizer):
         return loss, directions
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace, per_length: Tensor, search: dict) -> None:
-        """Update the average of ``ν eᵀMe`` per unit of length."""
-        nu = 1.0 if _has_dropout(minibatch.objective.model) else minibatch.sampling_noise
-        if nu == 0:
-            search["noise"] = torch.zeros_like(per_length)
-            return
+        """Update the average of ``eᵀMe`` per unit of length."""
         noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
 
         def measure(p: Tensor, e: Tensor) -> None:
             noise[p] = dot([e], [self._metric(p, e)])
 
-        minibatch.signed_gradients(trace, measure)
-        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * nu * per_length
+        if minibatch.noisy:
+            minibatch.noise(trace, measure)
+        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * per_length
         count = search["measured"] // self.noise_every + 1
         weight = max(1 - self.averaging**self.noise_every, 1 / count)  # a plain mean until the average has its length
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
@@ -337,6 +333,3 @@ class LWAdamW(Layerwise):
                 p.mul_(1 - alpha * decay)
             p.sub_(alpha * d)
 
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in model.modules())

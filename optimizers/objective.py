@@ -12,11 +12,13 @@ or at sampled labels, the likelihood's Hessian. The training loop therefore neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from optimizers.layers import (
     ACTIVATION_BACKWARD,
@@ -46,15 +48,18 @@ class Likelihood(Protocol):
 
 
 class Objective:
-    """The mean loss of a model over minibatches.
+    """The mean loss of a model over minibatches, with an L2 penalty where the task has one.
+
+        f(θ) = (1/m) Σ_i nll_i(θ) + Σ_p ½ w_p ‖p‖²
 
     Args:
         model: called as ``model(*inputs)``.
         likelihood: see ``Likelihood``; ``models.likelihoods`` has the usual ones.
         generator: draws the sampled labels; on the outputs' device. None: torch's global one.
         population: ``n``, the number of training examples that minibatches are drawn from; None: unlimited. With ``m =
-        n``
-            gradients carry no sampling noise.
+            n`` gradients carry no sampling noise.
+        penalty: ``w_p`` of the parameters that have one. Every method sees its gradient, and those that measure
+            curvature its curvature; an optimizer's ``weight_decay`` is the optimizer's own affair.
 
     Attributes:
         layers: the model's layers (found when first asked for; call ``refresh`` after freezing or unfreezing
@@ -67,11 +72,13 @@ class Objective:
         likelihood: Likelihood,
         generator: torch.Generator | None = None,
         population: int | None = None,
+        penalty: Mapping[nn.Parameter, float] | None = None,
     ) -> None:
         self.model = model
         self.likelihood = likelihood
         self.generator = generator
         self.population = population
+        self.penalty = dict(penalty or {})
         self.gradient_equivalents = 0.0
         self._layers = None
 
@@ -116,14 +123,23 @@ class Minibatch:
         return self.rows is not None
 
     @property
-    def sampling_noise(self) -> float:
-        """``1 − m/n``: the share of the spread between halves of the batch that is noise of drawing the batch."""
-        n = self.objective.population
-        return 1.0 if n is None else 1 - min(self.size / n, 1)
+    def complete(self) -> bool:
+        """Whether this is the whole training set."""
+        return self.objective.population is not None and self.size >= self.objective.population
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the gradient would come out otherwise if it were drawn again."""
+        return not self.complete or self._dropout
+
+    @property
+    def _dropout(self) -> bool:
+        return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.objective.model.modules())
 
     def loss(self, outputs: Tensor) -> Tensor:
-        """The mean loss, with graph."""
-        return self.objective.likelihood.nll(self.labelled(outputs), self.targets).mean()
+        """The mean loss and the penalty, with graph."""
+        loss = self.objective.likelihood.nll(self.labelled(outputs), self.targets).mean()
+        return loss + sum(w / 2 * p.square().sum() for p, w in self.objective.penalty.items())
 
     def labelled(self, outputs: Tensor) -> Tensor:
         """The outputs that have a target."""
@@ -154,20 +170,38 @@ class Minibatch:
         gradients = trace.gradients(self.residual(trace.outputs) / self.size, retain_graph)
         for layer, gradient in gradients.items():
             for p, g in zip(layer.parameters, gradient, strict=True):
-                p.grad = g
+                p.grad = self._penalised(p, g)
         return self.loss(trace.outputs).detach()
 
-    def signed_gradients(self, trace: Trace, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
-        """``e = (1/m) Σ_i ε_i ∇ℓ_i``, balanced random signs: its second moment is the noise of the mean gradient.
+    def noise(self, trace: Trace, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
+        r"""A random ``e`` with the second moment of the noise in the mean gradient that ``.grad`` holds.
 
-        Keeps the trace's graph. Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept.
+        Drawing ``m`` of ``n`` examples: ``e = √(1 − m/n) (1/m) Σ_i ε_i ∇ℓ_i``, ``ε_i = ±1`` random and balanced. Under
+        dropout every example's gradient is noisy by itself, so there ``e = (1/m) Σ_i ε_i ∇ℓ_i``; but at ``m = n``, where
+        that spread is no noise, a second draw of the masks is compared: ``e = (g − g')/√2``.
+
+        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is.
         """
+        if self.complete:
+            self._redraw(visit)
+            return
+        scale = 1.0 if self._dropout else (1 - self.size / (self.objective.population or math.inf)) ** 0.5
         residual = self.residual(trace.outputs)
         order = torch.randperm(self.size, generator=self.objective.generator, device=residual.device)
-        signs = (order % 2 * 2 - 1).to(residual.dtype) / self.size
+        signs = (order % 2 * 2 - 1).to(residual.dtype) * (scale / self.size)
         if self.rows is not None:
             signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
         trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
+
+    def _redraw(self, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
+        gradients = {p: p.grad for layer in self.objective.layers for p in layer.parameters}
+        with frozen_statistics(self.objective.model):
+            again = self.trace(keep_outputs=False)
+
+        def compare(p: nn.Parameter, g: Tensor) -> None:
+            visit(p, self._penalised(p, g).sub_(gradients[p]).mul_(0.5**0.5))
+
+        again.each_gradient(self.residual(again.outputs) / self.size, compare)
 
     def residual(self, outputs: Tensor) -> Tensor:
         """``∂ Σ_i loss_i / ∂ outputs`` at the true labels (zero where there is none); a sum, not a mean."""
@@ -185,9 +219,19 @@ class Minibatch:
         product = likelihood.hessian_product(self.labelled(outputs.detach()), self.labelled(vector))
         return self._scatter(outputs, product)
 
+    def penalty_curvature(self, layer: Layer, direction: Sequence[Tensor]) -> Tensor:
+        """``Σ w ‖d‖²`` of one layer: the penalty's part of the curvature along a direction."""
+        weights = [self.objective.penalty.get(p, 0.0) for p in layer.parameters]
+        return sum(w * d.square().sum() for w, d in zip(weights, direction, strict=True))
+
     def count(self, work: float) -> None:
         """Add to the objective's gradient-equivalents."""
         self.objective.gradient_equivalents += work
+
+    def _penalised(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """A gradient of the mean loss and the penalty's; the first in place."""
+        w = self.objective.penalty.get(parameter)
+        return gradient.add_(parameter.detach(), alpha=w) if w else gradient
 
     def _scatter(self, outputs: Tensor, values: Tensor) -> Tensor:
         if self.rows is None:

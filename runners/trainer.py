@@ -314,23 +314,22 @@ class Trainer:
             torch.manual_seed(stream_seed(self.cfg.seed, "init"))
             model = instantiate(self.cfg.task.model)
         model = model.to(self.device, getattr(torch, self.cfg.task.dtype))
-        objective = Objective(model, self.likelihood, generators["labels"], population=len(self.dataset.train))
+        objective = Objective(
+            model, self.likelihood, generators["labels"], len(self.dataset.train), self._penalty(model)
+        )
         settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
         with contextlib.redirect_stdout(io.StringIO()):  # some packages greet; the last line out is the run's folder
-            optimizer = instantiate(settings, self._parameter_groups(model), _convert_="all")
+            optimizer = instantiate(settings, model.parameters(), _convert_="all")
         set_mode("train", model, optimizer)
         if self.device.type == "cpu":  # on others, looking would be waiting
             model.register_forward_hook(refuse_not_finite)
         return model, objective, optimizer
 
-    def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
-        """The decayed parameters, and the others with a decay of zero."""
-        decay = self.cfg.optimizer.get("weight_decay", self.cfg.task.weight_decay)
-        decayed = list(model.decayed_parameters() if hasattr(model, "decayed_parameters") else model.parameters())
-        chosen = set(decayed)
-        others = [p for p in model.parameters() if p not in chosen]
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+    def _penalty(self, model: torch.nn.Module) -> dict[torch.nn.Parameter, float]:
+        """The task's L2 penalty, on the parameters that the model names for it, or on all."""
+        weight = self.cfg.task.penalty
+        parameters = getattr(model, "penalised_parameters", model.parameters)
+        return {p: weight for p in parameters()} if weight else {}
 
     # Checkpoint and record --------------------------------------------------------------------------------------------
 

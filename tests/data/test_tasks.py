@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 FOLDER = Path("configs/task")
 KEYS = ["name", "version", "family", "data", "model", "likelihood", "batch_size", "drop_last", "weight_decay"]
-KEYS += ["select", "target", "evaluate_every", "dtype"]
+KEYS += ["penalty", "select", "target", "evaluate_every", "dtype"]
 EMBEDDED = ["autoencoder_curves_small", "cnn_digits", "gcn_sbm"]
 every = pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.yaml")))
 

@@ -165,9 +165,9 @@ def test_sparse_dropout_drops_and_rescales_entries():
     assert torch.equal(SparseDropout(0.25).eval()(x), x.to_dense())
 
 
-def test_gcn_decays_its_first_layer_alone():
+def test_gcn_names_its_first_layer_for_the_penalty():
     model = build(GCN, 7, 16, 5)
-    assert set(model.decayed_parameters()) == set(model.conv1.parameters())
+    assert set(model.penalised_parameters()) == set(model.conv1.parameters())
 
 
 def test_gcn_drops_inputs_of_both_layers():

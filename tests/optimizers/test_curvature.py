@@ -187,3 +187,22 @@ def test_work_is_counted():
     assert objective.gradient_equivalents == pytest.approx(2)
     SampledFisher()(minibatch, trace, {layer: list(layer.parameters) for layer in objective.layers})
     assert objective.gradient_equivalents == pytest.approx(2 + 2 / 3)
+
+
+def test_a_penalty_is_in_gradient_and_curvature_alike():
+    """On a linear model the Gauss–Newton matrix is the Hessian, with a penalty too."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    objective = Objective(model, Categorical(), penalty={model.weight: 0.5})
+    minibatch = objective(torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3)
+    minibatch()
+    expected = [p.grad.clone() for p in model.parameters()]
+    trace = minibatch.trace()
+    minibatch.fill_gradients(trace, retain_graph=True)
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    directions = {layer: [p.grad for p in layer.parameters] for layer in objective.layers}
+    hessian = ExactHessian()(minibatch, trace, directions)
+    torch.testing.assert_close(ExactGaussNewton()(minibatch, trace, directions), hessian)
+    for estimator in (SampledFisher(share=1.0), RandomSignGaussNewton()):
+        q = torch.stack([estimator(minibatch, trace, directions) for _ in range(3000)])
+        assert (q.mean(0) - hessian).abs() <= 5 * q.std(0) / len(q) ** 0.5 + 1e-12

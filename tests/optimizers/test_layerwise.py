@@ -100,13 +100,33 @@ def test_corrected_slope_is_unbiased():
         trace = minibatch.trace()
         minibatch.fill_gradients(trace, retain_graph=True)
         e = []
-        minibatch.signed_gradients(trace, lambda p, gradient, e=e: e.append(gradient))
+        minibatch.noise(trace, lambda p, gradient, e=e: e.append(gradient))
         plain.append(sum((p.grad**2).sum() for p in model.parameters()))
         corrected.append(plain[-1] - sum((g**2).sum() for g in e))
     corrected, plain = torch.stack(corrected), torch.stack(plain)
     exact = ((model.weight - truth) ** 2).sum().detach() + (model.bias**2).sum().detach()  # E xxᵀ = I
     assert (corrected.mean() - exact).abs() < 4 * corrected.std() / len(corrected) ** 0.5
     assert plain.mean() > 1.5 * exact
+
+
+def test_noise_of_dropout_at_full_batch_is_the_spread_of_the_gradient():
+    """Over masks, E‖e‖² = E‖g − E g‖², with a penalty in g; the spread between examples is not in it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2)).double()
+    x, y = torch.randn(30, 6, dtype=torch.float64), 5 * torch.randn(30, 2, dtype=torch.float64)
+    minibatch = Objective(model, Gaussian(), population=30, penalty={model[1].weight: 0.7})(x, y)
+    gradients, noise = [], []
+    for _ in range(2000):
+        trace = minibatch.trace()
+        minibatch.fill_gradients(trace, retain_graph=True)
+        gradients.append(model[1].weight.grad.clone())
+        e = {}
+        minibatch.noise(trace, e.__setitem__)
+        noise.append(e[model[1].weight].square().sum())
+    gradients, noise = torch.stack(gradients), torch.stack(noise)
+    spread = gradients.var(0).sum()
+    assert (noise.mean() - spread).abs() < 5 * noise.std() / len(noise) ** 0.5 + 0.03 * spread
+    assert noise.mean() > 0
 
 
 @BOTH

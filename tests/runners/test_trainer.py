@@ -236,14 +236,14 @@ def test_a_schedule_changes_the_rate_between_epochs(train, monkeypatch):
     assert rates == pytest.approx([0.1, 0.01, 0.001])
 
 
-def test_only_decayed_parameters_decay(train, monkeypatch):
-    groups = []
+def test_a_penalty_is_the_objectives_and_on_the_first_layer_of_a_gcn(train, monkeypatch):
+    penalties = []
     start = trainer.Trainer._start
     monkeypatch.setattr(
-        trainer.Trainer, "_start", lambda self, state: groups.extend(self.optimizer.param_groups) or start(self, state)
+        trainer.Trainer, "_start", lambda self, state: penalties.append(self.objective.penalty) or start(self, state)
     )
-    train(*GRAPH, "optimizer.weight_decay=0.3", "budget.epochs=1")
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    train(*GRAPH, "task.penalty=0.3", "budget.epochs=1")
+    assert [(tuple(p.shape), weight) for p, weight in penalties[0].items()] == [((16,), 0.3), ((16, 500), 0.3)]
 
 
 def test_layerwise_methods_record_their_step_sizes(train):
