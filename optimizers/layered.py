@@ -21,8 +21,15 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
+            RuntimeError: called under autocast.
             ValueError: the parameter groups do not hold all of the model's trainable parameters.
         """
+        device = self.param_groups[0]["params"][0].device.type
+        if torch.is_autocast_enabled(device):
+            raise RuntimeError(
+                f"{type(self).__name__}.step was called under autocast, which would round curvature: put autocast into "
+                "the model's forward alone, and return float32 outputs from there"
+            )
         if not isinstance(closure, Minibatch):
             raise TypeError(
                 f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
@@ -41,6 +48,30 @@ class LayeredOptimizer(torch.optim.Optimizer):
                         )
             self._layers = layers
         return layers
+
+    def state_dict(self) -> dict:
+        """As of every optimizer, and beside it ``method`` and ``shapes``: whose it is."""
+        return super().state_dict() | self._identity()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it is another method's, or of a model with other parameters.
+        """
+        mine = self._identity()
+        method = state_dict.get("method", "another optimizer")
+        if method != mine["method"]:
+            raise ValueError(f"this is a state of {method}; {mine['method']} can only load its own")
+        if state_dict["shapes"] != mine["shapes"]:
+            raise ValueError(
+                f"this state is of another model: of parameters of shapes {state_dict['shapes']}, not {mine['shapes']}"
+            )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in mine})
+
+    def _identity(self) -> dict:
+        shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
+        return {"method": type(self).__name__, "shapes": shapes}
 
     def group(self, parameter: Tensor) -> dict:
         """The parameter group that holds a parameter."""

@@ -64,11 +64,9 @@ class Layer:
             output: what it returned, with its graph.
             delta: ``∂(Σ_i loss_i)/∂z``, the output's shape.
         """
-        return list(torch.autograd.grad(output, self.parameters, delta, retain_graph=True))
+        return list(torch.autograd.grad(output, self.parameters, delta.to(output.dtype), retain_graph=True))
 
-    def tangent(
-        self, inputs: tuple, output: Tensor, direction: Sequence[Tensor], rows: Tensor | None = None
-    ) -> Tensor:
+    def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """``ż = (∂z/∂θ) d``, a new tensor, for a direction ``d`` in the layer's parameters.
 
         Args:
@@ -217,7 +215,16 @@ def find_layers(model: nn.Module) -> list[Layer]:
     A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child); any other
     module owns those that are its own attributes. A module of unknown type gets the generic rules (autograd for the
     gradient, forward mode for the tangent), right for any module that returns one tensor.
+
+    Raises:
+        TypeError: the model, or a part of it, is compiled: its layers' calls are not to be seen.
     """
+    compiled = [name or "the model" for name, module in model.named_modules() if hasattr(module, "_orig_mod")]
+    if compiled:
+        raise TypeError(
+            f"{compiled[0]} is compiled, and what its layers see cannot be captured: give the objective the plain "
+            "model (its _orig_mod), or use an optimizer of gradients alone"
+        )
     layers, seen, inside = [], set(), set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -234,12 +241,28 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 class Call:
-    """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap)."""
+    """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap).
+
+    Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
+    out in the parameters' own, so that curvature is computed and kept in it.
+    """
 
     def __init__(self, layer: Layer, inputs: tuple, output: Tensor | Ghost) -> None:
         self.layer = layer
-        self.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
+        self._inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
         self.output = output
+
+    @property
+    def inputs(self) -> tuple:
+        return tuple(self.precise(x) if isinstance(x, Tensor) else x for x in self._inputs)
+
+    @inputs.setter
+    def inputs(self, inputs: tuple) -> None:
+        self._inputs = inputs
+
+    def precise(self, x: Tensor) -> Tensor:
+        """The same in the parameters' precision, where it has a lower one."""
+        return x.to(self.layer.parameters[0].dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
 
     def gradient(self, delta: Tensor) -> list[Tensor]:
         return self.layer.gradient(self.inputs, self.output, delta)
@@ -269,7 +292,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, delta: Tensor):
         if ctx.visitor.visit is not None:
             with torch.no_grad():
-                ctx.visitor.visit(ctx.call, delta)
+                ctx.visitor.visit(ctx.call, ctx.call.precise(delta))
         return delta, None, None, None
 
 

@@ -1,0 +1,194 @@
+"""What surrounds an optimizer in training: states, schedulers, clipping, accumulation, autocast, compiled models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers.layered import LayeredOptimizer
+from tests.optimizers import cases
+from tests.optimizers.test_all import on_small_network, step, supported
+
+LAYERED = [
+    name for name in cases.NAMES if isinstance(cases.build(name, [nn.Parameter(torch.ones(2, 2))]), LayeredOptimizer)
+]
+OF_GRADIENTS = [name for name in cases.NAMES if name not in LAYERED]
+
+
+def trained(name, steps=5):
+    model, optimizer = supported(name)
+    objective = cases.small_objective(model, population=100)
+    for _ in range(steps):
+        step(name, optimizer, objective(*cases.small_batch()))
+    return model, optimizer, objective
+
+
+def parameters(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(ours, theirs):
+    return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_a_state_saved_mid_training_with_a_schedule_continues_bit_for_bit(name, tmp_path):
+    """Parameter groups, a frozen layer, a scheduler, and a state that goes through a file."""
+
+    def build():
+        model = cases.small_network()
+        model[4].bias.requires_grad_(False)
+        groups = [
+            {"params": list(model[0].parameters()), "weight_decay": 0.01},
+            {"params": [p for p in list(model.parameters())[2:] if p.requires_grad], "weight_decay": 0.0},
+        ]
+        optimizer = on_small_network(name, groups)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+        return model, optimizer, scheduler, cases.small_objective(model, population=100)
+
+    def go_on(model, optimizer, scheduler, objective):
+        for _ in range(5):
+            step(name, optimizer, objective(*cases.small_batch()))
+            scheduler.step()
+
+    whole = build()
+    go_on(*whole)
+    parts = [part.state_dict() for part in whole[:3]] + [whole[3].generator.get_state(), torch.get_rng_state()]
+    torch.save(parts, tmp_path / "state.pt")
+    go_on(*whole)
+
+    resumed = build()
+    *states, labels, rng = torch.load(tmp_path / "state.pt", weights_only=False)
+    for part, state in zip(resumed, states, strict=False):
+        part.load_state_dict(state)
+    resumed[3].generator.set_state(labels)
+    torch.set_rng_state(rng)
+    go_on(*resumed)
+    assert equal(parameters(resumed[0]), parameters(whole[0]))
+    assert [g["lr"] for g in resumed[1].param_groups] == [g["lr"] for g in whole[1].param_groups]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_foreign_state_is_refused_and_changes_nothing(name):
+    model, optimizer, _ = trained(name, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    method = type(optimizer).__name__
+    foreign = torch.optim.Adam(model.parameters()).state_dict()
+    with pytest.raises(ValueError, match=f"state of another optimizer; {method} can only load its own"):
+        optimizer.load_state_dict(foreign)
+    other = "lw_sgdm" if name != "lw_sgdm" else "lw_adamw"
+    with pytest.raises(ValueError, match=f"state of {type(supported(other)[1]).__name__}; {method} can only load"):
+        optimizer.load_state_dict(trained(other, 2)[1].state_dict())
+    wider = nn.Sequential(*copy.deepcopy(list(model)[:-1]), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match="is of another model"):
+        optimizer.load_state_dict(on_small_network(name, wider.parameters()).state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+# SOAP turns rounding in the null space of its first, rank-one statistics into steps as long as any.
+@pytest.mark.parametrize("name", [name for name in OF_GRADIENTS if name != "soap"])
+def test_gradients_can_be_accumulated_and_clipped(name):
+    """Four quarters of a batch, clipped, are one batch, clipped; without BatchNorm, which would see other batches."""
+
+    def run(pieces):
+        model = cases.small_network(torch.float64).eval()
+        optimizer = on_small_network(name, model.parameters())
+        x, y = cases.small_batch(torch.float64)
+        objective = cases.small_objective(model)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = 0.0
+            for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+                minibatch = objective(*part)
+                part_loss = minibatch.loss(model(*minibatch.inputs)) / pieces
+                part_loss.backward()
+                loss = loss + part_loss.detach()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            return loss
+
+        for _ in range(3):
+            try:
+                optimizer.step(closure)
+            except (TypeError, AttributeError) as refusal:
+                pytest.skip(f"{name} takes minibatches alone: {refusal}")
+        return parameters(model)
+
+    for whole, accumulated in zip(run(1), run(4), strict=True):
+        torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_methods_on_layers_refuse_closures_that_know_no_layers(name):
+    _, optimizer = supported(name)
+    with pytest.raises(TypeError, match="needs a minibatch that knows its layers"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+class LowPrecision(nn.Module):
+    """A network whose forward pass alone runs under bfloat16 autocast."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            outputs = self.network(x)
+        return outputs.float()
+
+
+def tensors(node):
+    if isinstance(node, torch.Tensor):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from tensors(part)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_autocast_in_the_forward_pass_keeps_state_in_float32(name):
+    losses, states = [], []
+    for model in (cases.small_network(), LowPrecision(cases.small_network())):
+        torch.manual_seed(0)
+        optimizer = on_small_network(name, model.parameters())
+        objective = cases.small_objective(model)
+        losses.append(torch.stack([step(name, optimizer, objective(*cases.small_batch())) for _ in range(20)]))
+        states.append(optimizer.state_dict()["state"])
+    precise, low = losses
+    assert low.isfinite().all()
+    assert low[-1] < low[0]
+    torch.testing.assert_close(low[:3], precise[:3], rtol=0.1, atol=0.02)
+    kinds = {tensor.dtype for tensor in tensors(states[1]) if tensor.is_floating_point()}
+    assert kinds == {tensor.dtype for tensor in tensors(states[0]) if tensor.is_floating_point()}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_autocast_around_the_step_is_refused(name):
+    model, optimizer = supported(name)
+    objective = cases.small_objective(model)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="put autocast into the model's forward"),
+    ):
+        optimizer.step(objective(*cases.small_batch()))
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_compiled_models_train_the_same_or_are_refused(name):
+    """The compiler's front end, which decides what is captured, without the code generator behind it."""
+    model, optimizer = supported(name)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager")
+    twin_optimizer = on_small_network(name, compiled.parameters())
+    if name in LAYERED:
+        with pytest.raises(TypeError, match=r"the model is compiled.* give the objective the plain model"):
+            twin_optimizer.step(cases.small_objective(compiled)(*cases.small_batch()))
+        return
+    for net, opt in ((model, optimizer), (compiled, twin_optimizer)):
+        torch.manual_seed(0)
+        objective = cases.small_objective(net)
+        for _ in range(3):
+            step(name, opt, objective(*cases.small_batch()))
+    assert equal(parameters(model), parameters(twin))
