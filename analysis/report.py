@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from analysis import claims, figures, tables
+from analysis import claims, figures, paper, tables
 from analysis.curves import mean_curves
 from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_of
 from analysis.records import AXES, Records, load
@@ -77,10 +77,11 @@ def _replace(out: Path, fresh: Path) -> None:
 
 def write(records: Records, folder: Path) -> None:
     """Write the report's files into an existing folder."""
-    results = tables.write(records, folder / "tables")
-    drawn = figures.draw_all(records, folder / "figures")
     judged = claims.judge(records)
     claims.write(judged, folder / "claims.json")
+    results = tables.write(records, judged, folder / "tables")
+    drawn = figures.draw_all(records, folder / "figures")
+    (folder / "paper.tex").write_text(paper.document(records, drawn))
     for name in ("page.css", "page.js"):
         shutil.copyfile(PAGE / name, folder / name)
     environment = jinja2.Environment(
@@ -94,6 +95,7 @@ def write(records: Records, folder: Path) -> None:
         counts={v: sum(_overall(c) == v for c in judged) for v in (claims.REPRODUCED, claims.NOT_REPRODUCED)},
         families=families(records, results, drawn),
         across=[figure for figure in drawn if not figure.task],
+        missing=missing(records),
         troubled=troubled(records),
         skipped=records.skipped.to_dict("records"),
         warnings=records.warnings,
@@ -270,6 +272,18 @@ def command(run) -> str:
     searched = [name for name in (run.config.get("optimizer") or {}).get("search") or {}]
     parts += [f"optimizer.{name}={run.config['optimizer'].get(name)}" for name in searched]
     return " ".join(parts + (["holdout=true"] if run.holdout else []))
+
+
+def missing(records: Records) -> list[tuple[str, Path, str]]:
+    """What is not drawn for want of a table: the figure, where its table would be, and what tells how it is made."""
+    root = Path(_shown_root(records.root))
+    study = {"linear_convergence": "Linear convergence of the idealised method", "estimators": "Curvature estimators"}
+    rows = [
+        (what, root / "study" / f"{name}.csv", "docs/figures.md")
+        for name, what in study.items()
+        if records.study(name) is None
+    ]
+    return rows if records.benches else [*rows, ("Benchmark of a step", root.parent / "bench", "make bench")]
 
 
 def provenance(records: Records) -> list[tuple[str, str]]:

@@ -175,38 +175,104 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def to_latex(table: pd.DataFrame) -> str:
-    """A booktabs table that drops into a paper; rows of the first column are parted by rules."""
-    escape = str.maketrans(
-        {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$"}
-        | {"–": "--", "∞": r"$\infty$", "−": "$-$"}
-    )
+TEX = str.maketrans(
+    {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
+    | {
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+        "±": r"$\pm$",
+        "–": "--",
+        "—": "---",
+    }
+    | {"∞": r"$\infty$", "−": "$-$", "×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "²": "$^2$", "ℓ": r"$\ell$"}
+    | {"τ": r"$\tau$", "σ": r"$\sigma$", "λ": r"$\lambda$", "ε": r"$\varepsilon$", "β": r"$\beta$", "…": r"\dots{}"}
+    | {"“": "``", "”": "''", "’": "'", "·": r"$\cdot$", "→": r"$\to$", "½": r"$\tfrac12$"}
+)
+
+
+def to_latex(table: pd.DataFrame, columns: str = "", long: bool = False) -> str:
+    """A booktabs table that drops into a paper; rows of the first column are parted by rules.
+
+    Args:
+        table: as shown; cells are text.
+        columns: LaTeX's column types; by default two left-aligned ones, then right-aligned ones.
+        long: a longtable, which breaks over pages.
+    """
     body, last = [], None
     for row in table.astype(str).to_numpy().tolist():
-        if last not in (None, row[0]):
+        if long and last not in (None, row[0]):
             body.append(r"\midrule")
-        cells = [("" if row[0] == last else row[0]), *row[1:]]
-        body.append(" & ".join(cell.translate(escape) for cell in cells) + r" \\")
+        cells = [("" if row[0] == last else row[0]), *row[1:]] if long else row
+        body.append(" & ".join(cell.translate(TEX) for cell in cells) + r" \\")
         last = row[0]
-    head = " & ".join(str(column).translate(escape) for column in table.columns) + r" \\"
-    columns = "ll" + "r" * (len(table.columns) - 2)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]) + (
-        "\n\\end{tabular}\n"
-    )
+    kind = "longtable" if long else "tabular"
+    columns = columns or "ll" + "r" * (len(table.columns) - 2)
+    head = [r"\toprule", " & ".join(str(column).translate(TEX) for column in table.columns) + r" \\", r"\midrule"]
+    head += [r"\endhead"] if long else []
+    foot = [r"\bottomrule", rf"\end{{{kind}}}"]
+    return "\n".join([rf"\begin{{{kind}}}{{{columns}}}", *head, *body, *foot]) + "\n"
 
 
-def write(records: Records, folder: Path) -> pd.DataFrame:
+def searches(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Of the settings, the searched fields as a reader sees them: where, how often, and what was selected."""
+    found = chosen[chosen.trials > 0]
+    shown = pd.DataFrame({"Task": found.task, "Method": found.method, "Field": found.field})
+    bounds = zip(found.search_low, found.search_high, strict=True)
+    shown["Searched"] = [f"{low:g} – {high:g}" for low, high in bounds]
+    shown["Trials"] = found.trials
+    edges = zip(found.selected, found.on_edge, strict=True)
+    shown["Selected"] = [f"{value:.4g}{' (edge)' if edge else ''}" for value, edge in edges]
+    return shown
+
+
+def hyperparameters(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Of the settings, those that were not searched, a row per method; values that differ by task in tasks' order."""
+    rows = []
+    for method, fields in chosen[chosen.trials == 0].groupby("method", sort=False):
+        parts = [
+            f"{field} {' / '.join(dict.fromkeys(values.value))}"
+            for field, values in fields.groupby("field", sort=False)
+        ]
+        rows.append({"Method": method, "Fixed settings": ", ".join(parts)})
+    return pd.DataFrame(rows, columns=["Method", "Fixed settings"])
+
+
+def claims_table(judged: list[dict]) -> pd.DataFrame:
+    """A row per claim and measure: the verdict and why."""
+    rows = [
+        {"Claim": claim["id"], "Sentence": claim["sentence"], "Measure": verdict["measure"].replace("_", " ")}
+        | {"Verdict": verdict["verdict"], "Why": verdict["reason"]}
+        for claim in judged
+        for verdict in claim["verdicts"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def write(records: Records, judged: list[dict], folder: Path) -> pd.DataFrame:
     """Write every table under `folder`; returns the results."""
     folder.mkdir(parents=True, exist_ok=True)
     table, chosen, costs = results(records), settings(records), costs_to_target(records)
     runs = records.runs.drop(columns=["config", "tuning", "versions"])
     for name, data in (("results", table), ("settings", chosen), ("costs_to_target", costs), ("runs", runs)):
         data.to_csv(folder / f"{name}.csv", index=False)
-    shown = chosen[["task", "method", "field", "value", "search_low", "search_high", "trials", "selected"]].copy()
-    for column in ("search_low", "search_high", "selected"):
-        shown[column] = [f"{x:g}" if isinstance(x, float) and np.isfinite(x) else number(x) for x in shown[column]]
-    for name, data in (("results", shown_results(table) if len(table) else table), ("settings", shown)):
-        if len(data):
-            (folder / f"{name}.tex").write_text(to_latex(data))
-            (folder / f"{name}.md").write_text(to_markdown(data))
+    _write_shown(folder, "claims", claims_table(judged), "lp{4cm}lp{2cm}p{5cm}", long=True)
+    if len(table):
+        shown = shown_results(table)
+        _write_shown(folder, "results", shown, "ll" + "r" * 7, long=True, csv=False)
+        for task, rows in shown.groupby(table.task, sort=False):
+            text = to_latex(rows.drop(columns="Task"), "l" + "r" * 7)
+            (folder / f"results_{task}.tex").write_text(text)
+        _write_shown(folder, "hyperparameters", hyperparameters(chosen), "lp{11cm}")
+        _write_shown(folder, "searches", searches(chosen), "lllrrr", long=True)
     return table
+
+
+def _write_shown(
+    folder: Path, name: str, table: pd.DataFrame, columns: str, long: bool = False, csv: bool = True
+) -> None:
+    (folder / f"{name}.tex").write_text(to_latex(table, columns, long))
+    (folder / f"{name}.md").write_text(to_markdown(table))
+    if csv:
+        table.to_csv(folder / f"{name}.csv", index=False)

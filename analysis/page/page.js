@@ -159,25 +159,45 @@ class Chart {
     const row = html("div", { className: "chips" });
     row.setAttribute("role", "group");
     row.setAttribute("aria-label", "Methods shown");
-    let kind = null;
-    for (const method of [...this.data.methods]) {
-      if (method.kind !== kind) html("span", { className: "kind", textContent: (kind = method.kind) }, row);
-      const button = html("button", { type: "button" }, row);
-      const sample = svg("svg", { width: 24, height: 10, "aria-hidden": "true" }, button);
-      svg("line", { x1: 1, x2: 23, y1: 5, y2: 5, stroke: method.color, "stroke-width": method.width, "stroke-dasharray": method.dash }, sample);
-      button.append(method.label);
-      button.setAttribute("aria-pressed", "true");
-      button.addEventListener("click", () => {
-        if (!this.hidden.delete(method.name)) this.hidden.add(method.name);
-        button.setAttribute("aria-pressed", String(!this.hidden.has(method.name)));
-        this.draw();
-      });
-      for (const [on, off] of [["pointerenter", "pointerleave"], ["focus", "blur"]]) {
-        button.addEventListener(on, () => this.highlight(method.name));
-        button.addEventListener(off, () => this.highlight(null));
-      }
+    this.buttons = new Map();
+    for (const kind of new Set(this.data.methods.map((method) => method.kind))) {
+      const line = html("div", {}, row);
+      this.only(kind, line);
+      for (const method of this.data.methods.filter((m) => m.kind === kind)) this.chip(method, line);
     }
     this.panels.before(row);
+  }
+
+  // A group's name shows it alone beside the layer-wise methods; pressed again, all.
+  only(kind, line) {
+    const button = html("button", { type: "button", className: "kind", textContent: kind, title: `Only ${kind.toLowerCase()}` }, line);
+    button.setAttribute("aria-pressed", "false");
+    button.addEventListener("click", () => {
+      const all = button.getAttribute("aria-pressed") === "true";
+      this.root.querySelectorAll(".chips .kind").forEach((other) => other.setAttribute("aria-pressed", "false"));
+      button.setAttribute("aria-pressed", String(!all));
+      this.hidden = new Set(all ? [] : this.data.methods.filter((m) => m.kind !== kind && !m.bold).map((m) => m.name));
+      for (const [name, chip] of this.buttons) chip.setAttribute("aria-pressed", String(!this.hidden.has(name)));
+      this.draw();
+    });
+  }
+
+  chip(method, line) {
+    const button = html("button", { type: "button", className: "chip" }, line);
+    const sample = svg("svg", { width: 24, height: 10, "aria-hidden": "true" }, button);
+    svg("line", { x1: 1, x2: 23, y1: 5, y2: 5, stroke: method.color, "stroke-width": method.width, "stroke-dasharray": method.dash }, sample);
+    button.append(method.label);
+    button.setAttribute("aria-pressed", "true");
+    button.addEventListener("click", () => {
+      if (!this.hidden.delete(method.name)) this.hidden.add(method.name);
+      button.setAttribute("aria-pressed", String(!this.hidden.has(method.name)));
+      this.draw();
+    });
+    for (const [on, off] of [["pointerenter", "pointerleave"], ["focus", "blur"]]) {
+      button.addEventListener(on, () => this.highlight(method.name));
+      button.addEventListener(off, () => this.highlight(null));
+    }
+    this.buttons.set(method.name, button);
   }
 
   highlight(name) {
@@ -186,9 +206,13 @@ class Chart {
   }
 
   draw() {
-    this.root.querySelectorAll("[data-axis]").forEach((node) => node.classList.toggle("current", node.dataset.axis === this.axis));
+    this.root.querySelectorAll("[data-axis]").forEach((node) => node.classList.toggle("current", node.dataset.axis.split(" ").includes(this.axis)));
     this.parts.forEach((panel) => panel.draw());
   }
 }
 
+// A claim that is linked to is opened.
+const open = () => document.getElementById(location.hash.slice(1))?.querySelector("details")?.setAttribute("open", "");
+addEventListener("hashchange", open);
+open();
 document.querySelectorAll(".chart").forEach((root) => new Chart(root));

@@ -276,7 +276,10 @@ def test_latex_and_markdown():
     table = pd.DataFrame({"Task": ["a_b", "a_b", "c"], "Method": ["x & y", "50 %", "z"], "Loss": ["1 ± 2", "∞", "–"]})
     latex = tables.to_latex(table)
     assert r"a\_b & x \& y & 1 $\pm$ 2 \\" in latex and r" & 50 \% & $\infty$ \\" in latex
-    assert latex.count(r"\midrule") == 2 and latex.startswith(r"\begin{tabular}{llr}")
+    assert latex.count(r"\midrule") == 1 and latex.startswith(r"\begin{tabular}{llr}")
+    parted = tables.to_latex(table, "lp{2cm}r", long=True)
+    assert parted.count(r"\midrule") == 2 and r"\endhead" in parted and r" & 50 \%" in parted.splitlines()[6]
+    assert parted.startswith(r"\begin{longtable}{lp{2cm}r}")
     assert tables.to_markdown(table).splitlines()[2] == "| a_b | x & y | 1 ± 2 |"
 
 

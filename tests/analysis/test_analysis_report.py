@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import pandas as pd
 import pytest
 from make_records import HERE, METHODS, Planted, write_records, write_run
 
@@ -73,8 +75,48 @@ def test_first_screen_and_lists(built):
     assert "python -m runners.train task=gcn_sbm optimizer=sgd seed=0 profile=test optimizer.lr=0.1" in text
     assert len(json.loads((built.parent / "claims.json").read_text())) == 14
     assert {path.name for path in (built.parent / "tables").iterdir()} >= {
-        "results.csv", "results.tex", "results.md", "settings.csv", "settings.tex", "runs.csv", "costs_to_target.csv",
+        "results.csv", "results.tex", "results.md", "settings.csv", "runs.csv", "costs_to_target.csv",
+        "results_gcn_sbm.tex", "claims.csv", "claims.tex", "searches.csv", "searches.tex", "hyperparameters.csv",
+        "hyperparameters.tex",
     }  # fmt: skip
+
+
+def test_what_has_no_table_is_told_not_drawn(built):
+    text = built.read_text()
+    for path in ("study/linear_convergence.csv", "study/estimators.csv", "bench"):
+        assert f"{built.parents[1].name}/{path}" in text or f"/{path}</code>" in text
+    assert "docs/figures.md" in text and "make bench" in text
+
+
+def test_the_paper_has_every_figure_and_table_and_compiles(built, tmp_path):
+    folder = shutil.copytree(built.parent, tmp_path / "report")
+    text = (folder / "paper.tex").read_text()
+    pictures = re.findall(r"\\includegraphics\[.*?\]\{(.*?)\}", text)
+    assert sorted(pictures) == sorted(path.name for path in (folder / "figures").glob("*.pdf"))
+    tables = re.findall(r"\\input\{tables/(.*?)\}", text)
+    assert set(tables) == {"claims.tex", "results_autoencoder_curves_small.tex", "results_gcn_sbm.tex", "searches.tex",
+                           "hyperparameters.tex"}  # fmt: skip
+    for source in (text, *((folder / "tables" / name).read_text() for name in tables)):
+        assert source.isascii() and source.count("{") == source.count("}")
+        begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", source) for word in ("begin", "end"))
+        assert sorted(begun) == sorted(ended)
+    if not shutil.which("pdflatex"):
+        pytest.skip("no pdflatex on this machine: the text was checked, not compiled")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, errors="replace")
+    assert done.returncode == 0, done.stdout[-800:]
+
+
+def test_tables_of_settings_hold_every_field_once(built):
+    folder = built.parent / "tables"
+    settings = pd.read_csv(folder / "settings.csv")
+    searched = settings[settings.trials > 0]
+    searches = pd.read_csv(folder / "searches.csv")
+    assert len(searches) == len(searched) == 4  # sgdm and adamw on two tasks
+    assert set(searches.Selected.astype(float)) == {0.1} and set(searches.Searched) == {"0.001 – 1"}
+    fixed = dict(pd.read_csv(folder / "hyperparameters.csv").to_numpy())
+    for row in settings[settings.trials == 0].itertuples():
+        assert f"{row.field} {row.value}" in fixed[row.method]
 
 
 def digests(folder):
@@ -92,7 +134,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path, monkeypatch):
     some_figures(monkeypatch, "cost", "curves_epoch_gcn_sbm", "step_sizes_gcn_sbm")
     shutil.copytree(HERE / "records", tmp_path / "results")
     first = digests(report.build(tmp_path / "results").parent)
-    assert digests(report.build(tmp_path / "results").parent) == first and len(first) == 4 + 3 * 3 + 8
+    assert digests(report.build(tmp_path / "results").parent) == first and len(first) == 5 + 3 * 3 + 17
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"report", "runs", "tuning"}
 
 
@@ -143,17 +185,25 @@ addEventListener("load", () => setTimeout(() => {
     input.click();
     const texts = [...chart.querySelectorAll("svg[role=img] text")].map((t) => t.textContent);
     seen[input.value] = [texts.includes(input.parentNode.textContent.trim()),
-      [...chart.querySelectorAll("[data-axis]")].filter((n) => n.offsetParent && n.dataset.axis !== input.value).length,
+      [...chart.querySelectorAll("[data-axis]")].filter(
+        (n) => n.offsetParent && !n.dataset.axis.includes(input.value)).length,
       chart.querySelector(".curve").getAttribute("points")];
   }
-  chart.querySelector(".chips button").click();
+  chart.querySelector(".chips .chip").click();
   seen.hidden = lines();
-  seen.pressed = chart.querySelector(".chips button").getAttribute("aria-pressed");
-  chart.querySelector(".chips button").click();
+  seen.pressed = chart.querySelector(".chips .chip").getAttribute("aria-pressed");
+  chart.querySelector(".chips .chip").click();
+  chart.querySelectorAll(".chips .kind")[1].click();
+  seen.group = [...chart.querySelectorAll(".panel:first-child [data-method]")].map((g) => g.dataset.method).sort();
+  chart.querySelectorAll(".chips .kind")[1].click();
+  seen.whole = lines();
+  location.hash = "LW-1";
+  seen.static = [...chart.querySelectorAll(".links")].filter((n) => n.offsetParent).length;
   const svg = chart.querySelector(".panel svg"), box = svg.getBoundingClientRect();
   svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 20, clientY: box.top + 50}));
   seen.tip = chart.querySelector(".tip").textContent;
   seen.labelled = svg.getAttribute("aria-label");
+  seen.opened = document.querySelector("#LW-1 details").open;
   seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   const out = document.createElement("pre");
   out.id = "probe";
@@ -191,5 +241,7 @@ def test_the_page_works_in_a_browser(built, tmp_path, width):
         assert labelled and others == 0
         points.add(drawn)
     assert len(points) >= 2  # epochs and steps have the same shape; times do not
+    assert seen["whole"] == 4 and seen["group"] == ["adamw", "lw_adamw", "lw_sgdm", "sgdm"]
+    assert seen["static"] == 1
     assert "LW-AdamW" in seen["tip"] and "Training loss against step" in seen["labelled"]
     assert seen["wide"] <= 0  # nothing overflows sideways
