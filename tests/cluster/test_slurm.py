@@ -11,8 +11,8 @@ from tests.cluster.slurm import Slurm
 from tests.cluster.survival import ROOT, outcome
 
 SMALL = (
-    "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=2",
-    "budget.epochs=800", "device=cpu", "tracker=none",
+    "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=1",
+    "budget.epochs=500", "device=cpu", "tracker=none",
 )  # fmt: skip
 SLURM = ("launcher=slurm", "hydra.launcher.partition=debug", "hydra.launcher.timeout_min=30")
 
