@@ -88,16 +88,41 @@ class Slurm:
         """SIGKILL for everything on a node at once, as if its power had failed."""
         jobs = self.jobs(f"--nodelist={node}")
         self.daemons.pop(node).kill()
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes()
-                command = (process / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            step = re.match(r"slurmstepd: \[(\d+)\.", command)
-            ours = (
-                f"SLURM_CONF={self.scratch}".encode() in environment
-                and f"SLURMD_NODENAME={node}".encode() in environment
-            )
-            if ours or (step and step[1] in jobs):
-                os.kill(int(process.name), signal.SIGKILL)
+        steps = [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if (step := re.match(r"slurmstepd: \[(\d+)\.", _read(path))) and step[1] in jobs
+        ]
+        for pid in [*steps, *self._processes(node)]:
+            os.kill(pid, signal.SIGKILL)
+
+    def at_work(self, node: str) -> str | None:
+        """The job on a node that is making a run, and not only starting or ending."""
+        for pid, job in self._processes(node).items():
+            if any(os.path.basename(link) == ".owner" for link in _links(Path(f"/proc/{pid}/fd"))):
+                return job
+        return None
+
+    def _processes(self, node: str) -> dict[int, str]:
+        """The processes of jobs on a node, each with its job."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            environment = dict(entry.partition("=")[::2] for entry in _read(path).split("\0"))
+            ours = environment.get("SLURM_CONF") == str(self.scratch / "slurm.conf")
+            if ours and environment.get("SLURMD_NODENAME") == node:
+                found[int(path.parent.name)] = environment["SLURM_JOB_ID"]
+        return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+def _links(folder: Path) -> list[str]:
+    try:
+        return [os.readlink(link) for link in folder.iterdir()]
+    except OSError:
+        return []

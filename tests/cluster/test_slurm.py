@@ -33,21 +33,22 @@ def test_a_node_is_killed_and_a_job_warned_and_the_results_are_whole(tmp_path):
     with Slurm() as slurm:
         sweep = reproduce(root, *SLURM, environment=slurm.environment)
 
-        def both_at_work():
+        def at_work(node):
             assert sweep.poll() is None, sweep.stderr.read()
-            return len(list(root.rglob(".owner"))) == 2
+            return slurm.at_work(node)
 
         began = time.monotonic()
-        slurm.wait(both_at_work, 120)
-        (warned,) = slurm.jobs("--nodelist=n1")
+        slurm.wait(lambda: at_work("n1"), 120)
+        warned = slurm.at_work("n1")
         slurm.ask("scancel", "--signal=USR1", warned)
         slurm.wait(lambda: warned not in slurm.jobs("--states=RUNNING"), 60)
         assert warned in slurm.jobs(), "a job that was warned is queued again"
-        statuses = [read_summary(path.parent)["status"] for path in root.rglob("summary.json")]
+        statuses = {read_summary(path.parent)["status"] for path in root.rglob("summary.json")}
+        assert "interrupted" in statuses
+        slurm.wait(lambda: at_work("n2"), 120)
         slurm.kill("n2")
         errors = sweep.communicate(timeout=900)[1]
         print(f"with a node killed and a job warned: {time.monotonic() - began:.0f} s")
         assert sweep.returncode == 0, errors
         assert slurm.nodes()["n2"].startswith("down")
-    assert statuses == ["interrupted"]
     assert outcome(root) == outcome(tmp_path / "alone")
