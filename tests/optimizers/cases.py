@@ -21,6 +21,7 @@ FOR_UNIT_CURVATURE = {
     "sgdm": {"lr": 0.1},
     "adam": {"lr": 0.05},
     "adamw": {"lr": 0.05},
+    "back_matching": {"lr": 0.02},
     "mbf": {"lr": 0.01},
     "schedulefree": {"lr": 0.05},
     "shampoo": {"lr": 0.01},
