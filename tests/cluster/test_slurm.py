@@ -1,5 +1,6 @@
 """`launcher=slurm` on a real Slurm of two nodes, one of which is killed in the middle."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from tests.cluster.survival import ROOT, outcome
 
 SMALL = (
     "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=1",
-    "budget.epochs=500", "device=cpu", "tracker=none",
+    "budget.epochs=1500", "device=cpu", "tracker=none",
 )  # fmt: skip
 SLURM = ("launcher=slurm", "hydra.launcher.partition=debug", "hydra.launcher.timeout_min=30")
 
@@ -30,8 +31,9 @@ def test_a_node_is_killed_and_a_job_warned_and_the_results_are_whole(tmp_path):
     assert alone.wait(600) == 0, alone.stderr.read()
 
     root = tmp_path / "cluster"
-    with Slurm() as slurm:
+    with Slurm() as slurm, contextlib.ExitStack() as stack:
         sweep = reproduce(root, *SLURM, environment=slurm.environment)
+        stack.callback(sweep.kill)  # where the test fails
 
         def at_work(node):
             assert sweep.poll() is None, sweep.stderr.read()
