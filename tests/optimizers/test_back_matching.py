@@ -151,3 +151,22 @@ def test_it_learns_with_one_rate_for_all_depths():
     objective = small_objective(model)
     losses = [optimizer.step(objective(*small_batch())) for _ in range(40)]
     assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_the_premise_holds_for_whitened_inputs_and_fails_by_the_eigenvalues_ratio(shift):
+    """``rate · λ_max`` is 1 where ``E āāᵀ`` is the identity; off centre it is ``n`` times the largest one's share."""
+    torch.manual_seed(0)
+    x = torch.linalg.qr(torch.randn(400, 10, dtype=torch.float64))[0] * 20 + shift
+    model = nn.Linear(10, 300, bias=False).double()
+    objective = Objective(model, Gaussian(), torch.Generator().manual_seed(0))
+    minibatch = objective(x, torch.zeros(400, 300, dtype=torch.float64))
+    optimizer = BackMatching(model.parameters(), lr=1.0)
+    optimizer.step(minibatch)
+    eigenvalues = torch.linalg.eigvalsh(x.T @ x / 400)
+    rate = optimizer.diagnostics()[""]["step_size"]
+    close(rate * eigenvalues[-1], 10 * eigenvalues[-1] / eigenvalues.sum(), rtol=0.05)
+    first = minibatch.evaluate()
+    for _ in range(10):
+        optimizer.step(minibatch)
+    assert (minibatch.evaluate() < first) == (shift == 0), "a rate beyond 2 / λ_max diverges"
