@@ -111,6 +111,8 @@ class Layerwise(LayeredOptimizer):
         self.every, self.noise_every, self.trust = every, noise_every, trust
         self.curvature = SampledFisher() if curvature is None else curvature
 
+    data_parallel = True
+
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``.
@@ -185,7 +187,7 @@ class Layerwise(LayeredOptimizer):
         if search["measured"] % self.noise_every == 0:
             self._measure_noise(minibatch, trace, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
-        q = self.curvature(minibatch, trace, directions)
+        q = minibatch.mean(self.curvature(minibatch, trace, directions))
         search["measured"] += 1
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
             search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)

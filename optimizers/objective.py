@@ -117,6 +117,13 @@ class Minibatch:
         """``m``, the number of examples that the loss is a mean over."""
         return len(self.targets)
 
+    #: How many processes hold a part of this batch each; see ``optimizers.parallel``.
+    ranks = 1
+
+    def mean(self, part: Tensor) -> Tensor:
+        """The mean over all processes of what each has measured on its part of the batch."""
+        return part
+
     @property
     def mixing(self) -> bool:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
@@ -125,7 +132,7 @@ class Minibatch:
     @property
     def complete(self) -> bool:
         """Whether this is the whole training set."""
-        return self.objective.population is not None and self.size >= self.objective.population
+        return self.objective.population is not None and self.size * self.ranks >= self.objective.population
 
     @property
     def noisy(self) -> bool:
@@ -185,10 +192,11 @@ class Minibatch:
         if self.complete:
             self._redraw(visit)
             return
-        scale = 1.0 if self._dropout else (1 - self.size / (self.objective.population or math.inf)) ** 0.5
+        drawn = self.size * self.ranks
+        scale = 1.0 if self._dropout else (1 - drawn / (self.objective.population or math.inf)) ** 0.5
         residual = self.residual(trace.outputs)
-        order = torch.randperm(self.size, generator=self.objective.generator, device=residual.device)
-        signs = (order % 2 * 2 - 1).to(residual.dtype) * (scale / self.size)
+        order = torch.randperm(drawn, generator=self.objective.generator, device=residual.device)
+        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * (scale / self.size)
         if self.rows is not None:
             signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
         trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
@@ -227,6 +235,10 @@ class Minibatch:
     def count(self, work: float) -> None:
         """Add to the objective's gradient-equivalents."""
         self.objective.gradient_equivalents += work
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        """This process's rows of what was drawn for the whole batch."""
+        return whole
 
     def _penalised(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """A gradient of the mean loss and the penalty's; the first in place."""
