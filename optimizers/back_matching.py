@@ -115,11 +115,15 @@ class BackMatching(LayeredOptimizer):
         return loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """By layer: ``step_size``, the present rate."""
-        if not self._layers:
-            return {}
-        sizes = [self.group(layer.parameters[0])["lr"] * self._rates["rate"][i] for i, layer in enumerate(self._layers)]
-        return {layer.name: {"step_size": size} for layer, size in zip(self._layers, sizes, strict=True)}
+        """By layer: ``step_size``, the present rate; ``skipped``, measurements left out as they were not finite."""
+        rates = self._rates
+        return {
+            layer.name: {
+                "step_size": self.group(layer.parameters[0])["lr"] * rates["rate"][i],
+                "skipped": rates["skipped"][i],
+            }
+            for i, layer in enumerate(self._layers)
+        }
 
     @property
     def _rates(self) -> dict:
@@ -129,10 +133,13 @@ class BackMatching(LayeredOptimizer):
     def _average(self, propagated: Tensor, parameters: Tensor) -> None:
         """Take one measurement into the averages; ``rate`` is ``q_l Π 1/m_k``."""
         rates = self._rates
-        rates["measured"] = rates.get("measured", 0) + 1
-        weight = max(1 - self.averaging, 1 / rates["measured"])  # a plain mean until it has its length
+        finite = (propagated.isfinite() & parameters.isfinite()).to(propagated.dtype)
+        rates["measured"] = rates.get("measured", 0) + finite
+        rates["skipped"] = rates.get("skipped", 0) + 1 - finite
+        weight = (1 / rates["measured"]).clamp(1 - self.averaging, 1)  # a plain mean until it has its length
         for name, value in (("propagated", propagated), ("parameters", parameters)):
-            rates[name] = rates[name].lerp(value, weight) if name in rates else value
+            past = rates.get(name, torch.zeros_like(value))
+            rates[name] = torch.where(finite > 0, past.lerp(value, weight), past)
         product = rates["propagated"] * rates["parameters"]
         rates["rate"] = torch.where(product > 0, 1 / product, 0)  # no signal reaches the layer: nor does a gradient
 

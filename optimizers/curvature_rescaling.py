@@ -80,11 +80,14 @@ class CurvatureRescaling(LayeredOptimizer):
         return curvature.loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """Of all layers together: ``step_size`` (ℓ included), averaged ``slope`` and ``curvature`` per length."""
+        """Of all layers together: ``step_size`` (ℓ included), averaged ``slope`` and ``curvature`` per length.
+
+        ``skipped``: batches so far whose slope or curvature was not finite; they are left out of the averages.
+        """
         averages = self._averages
         if not averages:
             return {}
-        quantities = {"step_size": self.param_groups[0]["lr"] * averages["step_size"]}
+        quantities = {"step_size": self.param_groups[0]["lr"] * averages["step_size"], "skipped": averages["skipped"]}
         return {"all": quantities | {name: averages[name] / averages["weight"] for name in ("slope", "curvature")}}
 
     @property
@@ -97,8 +100,11 @@ class CurvatureRescaling(LayeredOptimizer):
         tiny = torch.finfo(slope.dtype).tiny
         averages, per_length = self._averages, 1 / squared_length.clamp_min(tiny)
         now = {"slope": slope * per_length, "curvature": curvature.abs() * per_length, "weight": torch.ones_like(slope)}
+        finite = torch.stack([value.isfinite() for value in now.values()]).all()
         for name, value in now.items():
-            averages[name] = (1 - self.averaging) * value + self.averaging * averages.get(name, 0)
+            past = averages.get(name, torch.zeros_like(value))
+            averages[name] = torch.where(finite, (1 - self.averaging) * value + self.averaging * past, past)
+        averages["skipped"] = averages.get("skipped", 0) + ~finite
         averages["step_size"] = averages["slope"].clamp_min(0) / averages["curvature"].clamp_min(tiny)
         return averages["step_size"]
 

@@ -170,3 +170,14 @@ def test_the_premise_holds_for_whitened_inputs_and_fails_by_the_eigenvalues_rati
     for _ in range(10):
         optimizer.step(minibatch)
     assert (minibatch.evaluate() < first) == (shift == 0), "a rate beyond 2 / λ_max diverges"
+
+
+def test_a_measurement_that_is_not_finite_is_left_out_and_told():
+    model = small_network(torch.float64)
+    optimizer = BackMatching(model.parameters(), lr=1e-3)
+    objective = small_objective(model)
+    optimizer.step(objective(*small_batch(torch.float64)))
+    rates = optimizer._rates["rate"].clone()
+    optimizer._average(torch.full_like(rates, torch.inf), torch.ones_like(rates))
+    torch.testing.assert_close(optimizer._rates["rate"], rates)
+    assert all(layer["skipped"] == 1 for layer in optimizer.diagnostics().values())

@@ -184,3 +184,13 @@ def test_work_is_counted(recompute, extra):
     curvature = Curvature(minibatch, recompute)
     curvature({p: p.grad for layer in minibatch.objective.layers for p in layer.parameters})
     assert minibatch.objective.gradient_equivalents == pytest.approx(1 + extra)
+
+
+def test_a_curvature_that_is_not_finite_is_left_out_and_told():
+    objective, x, y, model = least_squares()
+    optimizer = RescaledSGD(model.parameters())
+    optimizer.step(objective(x, y))
+    size = optimizer._averages["step_size"].clone()
+    one = torch.ones((), dtype=torch.float64)
+    assert optimizer._step_size(one, one * torch.inf, one) == size
+    assert optimizer.diagnostics()["all"]["skipped"] == 1
