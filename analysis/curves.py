@@ -44,13 +44,13 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
     contended = axis == "train_seconds" and records.finals[records.finals.task == task].contended.any()
     names = measure_names(records, task)
     figure, found = panels(records.title(task), names, methods, records.surrogate(task))
-    by_method = dict(tuple(data.groupby("optimizer")))
+    by_method, end = dict(tuple(data.groupby("optimizer"))), reach(data, axis)
     for panel in found:
         factor, accuracy = scale_of(records, task, panel.measure)
         shown = data[[panel.measure, f"{panel.measure}_low", f"{panel.measure}_high"]] * factor
         _limits(panel.axis, shown, data.evaluation, accuracy)
         panel.axis.set_xlabel(AXIS_LABELS[axis] + (" — made beside other runs" if contended else ""))
-        panel.axis.set_xlim(0, data[axis].max() or 1)
+        panel.axis.set_xlim(0, end)
         ends = []
         for i, (optimizer, label, _) in enumerate(panel.methods):
             rows, look = by_method[optimizer], style(optimizer)
@@ -60,20 +60,32 @@ def curves(records: Records, task: str, axis: str) -> Drawn:
             panel.axis.plot(x, middle, markevery=(i % every, every), **look.plot(), gid=optimizer)
             if rows.diverged.iloc[0]:
                 panel.axis.plot(x.iloc[-1:], middle.iloc[-1:], "x", color=look.color, markersize=8, zorder=5)
-            ends.append((optimizer, label, x.iloc[-1], middle.iloc[-1]))
+            last = min(x.iloc[-1], end)
+            ends.append((optimizer, label, last, np.interp(last, x, middle)))
         names_at_ends(panel.axis, ends)
     alt = f"Training loss and {names['test_metric'].lower()} against {AXIS_LABELS[axis].lower()} on {task}, "
     alt += f"mean and range over seeds. {_best_words(records, task)}"
-    return Drawn(f"curves_{axis}_{task}", task, f"{records.title(task)}: curves", alt, figure, data)
+    title = f"{records.title(task)}: curves against {AXIS_LABELS[axis].lower()}"
+    return Drawn(f"curves_{axis}_{task}", task, title, alt, figure, data)
+
+
+def reach(data: pd.DataFrame, axis: str) -> float:
+    """Where an axis of curves ends: with the last method, at most at four times where the median one ends."""
+    ends = data.groupby("optimizer")[axis].max()
+    return float(min(ends.max(), 4 * ends.median())) or 1.0
 
 
 def _limits(axis, shown: pd.DataFrame, evaluation: pd.Series, accuracy: bool) -> None:
     """The value axis of curves: losses up to the first value, accuracies from where most of the curves are."""
     values = shown.to_numpy().ravel()
     if accuracy:
-        learnt = shown[evaluation > 0].iloc[:, 0].quantile(0.2)
-        values = values[values >= learnt] if (values >= learnt).any() else values
+        values = values[~(values < learnt(shown.iloc[:, 0], evaluation))]
     value_axis(axis, values, accuracy, shown[evaluation == 0].iloc[:, 0].max())
+
+
+def learnt(values: pd.Series, evaluation: pd.Series) -> float:
+    """Where an axis of accuracies begins: four fifths of the values after the first are above."""
+    return float(values[evaluation > 0].quantile(0.2))
 
 
 def _best_words(records: Records, task: str) -> str:

@@ -7,6 +7,7 @@ or that of one drawn per task, such as `sensitivity`. The figures are made in `c
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -93,14 +94,17 @@ def _draw_shared(job: tuple[Callable, tuple]) -> Drawn | None:
 
 
 def _draw(records: Records, folder: Path, function: Callable, arguments: tuple) -> Drawn | None:
-    drawn = function(records, *arguments)
-    if drawn is None:
-        return None
-    drawn.figure.savefig(folder / f"{drawn.name}.png", metadata={"Software": None})
-    drawn.figure.savefig(
-        folder / f"{drawn.name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None}
-    )
-    plt.close(drawn.figure)
+    gc.disable()  # a figure's many objects all live until it is closed: looking for dead ones is a fifth of the time
+    try:
+        drawn = function(records, *arguments)
+        if drawn is None:
+            return None
+        drawn.figure.savefig(folder / f"{drawn.name}.png", metadata={"Software": None})
+        nameless = {"CreationDate": None, "Producer": None, "Creator": None}
+        drawn.figure.savefig(folder / f"{drawn.name}.pdf", metadata=nameless)
+    finally:
+        plt.close("all")
+        gc.enable()
     drawn.data.to_csv(folder / f"{drawn.name}.csv", index=False, float_format="%.8g")
     return Drawn(drawn.name, drawn.task, drawn.title, drawn.alt, None, drawn.data)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import claims, figures, paper, tables
-from analysis.curves import mean_curves
+from analysis.curves import learnt, mean_curves, reach
 from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_of
 from analysis.records import AXES, Records, load
 from analysis.style import style
@@ -241,11 +241,13 @@ def plot_data(records: Records, task: str) -> dict:
             factor = scale_of(records, task, measure)[0]
             entry[measure] = [_rounded(rows[f"{measure}{end}"] * factor) for end in ("", "_low", "_high")]
         methods.append(entry)
+    floor = learnt(data.test_metric, data.evaluation) * 100 if accuracy else None
     panels = [
-        {"key": "train_loss", "label": "Training loss", "loss": True},
-        {"key": "test_metric", "label": metric_name(records, task), "loss": not accuracy},
+        {"key": "train_loss", "label": "Training loss", "loss": True, "floor": None},
+        {"key": "test_metric", "label": metric_name(records, task), "loss": not accuracy, "floor": floor},
     ]
-    return {"task": task, "axes": AXIS_LABELS, "panels": panels, "methods": methods}
+    ends = {axis: reach(data, axis) for axis in AXES}
+    return {"task": task, "axes": AXIS_LABELS, "ends": ends, "panels": panels, "methods": methods}
 
 
 def _rounded(values: pd.Series) -> list:

@@ -140,7 +140,8 @@ def shown_results(table: pd.DataFrame) -> pd.DataFrame:
     shown["Trials"] = [f"{r.trials}{' (edge)' if r.on_edge else ''}" for r in table.itertuples()]
     notes = [" (contended)" if contended else "" for contended in table.contended]
     shown["Time (s)"] = [number(s) + note for s, note in zip(table.train_seconds, notes, strict=True)]
-    shown["Time per step / SGD-m"] = table.time_ratio.map(lambda x: number(x, 3))
+    alone = ~table.contended & ~table.task.isin(table.task[table.contended & (table.optimizer == BASE)])
+    shown["Time per step / SGD-m"] = table.time_ratio.where(alone).map(lambda x: number(x, 3))
     shown["Memory / SGD-m"] = table.memory_ratio.map(lambda x: number(x, 3))
     return shown
 

@@ -132,12 +132,8 @@ def _figures(folder: Path, names: list[str]) -> list[Path]:
 def _report(folder: Path) -> Path:
     """The report on a folder of records, made anew if they, the study, the benchmark or the analysis changed."""
     index, seal = folder / "report" / "index.html", folder / "report" / ".made-from"
-    analysis = Path(__file__).resolve().parent.parent / "analysis"
-    sources = [path for path in analysis.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    for pattern in ("runs/*/*/*/summary.json", "tuning/*/*.json", "study/*.csv", "../bench/*/bench.csv"):
-        sources += folder.glob(pattern)
     state = hashlib.sha256()
-    for path in sorted(sources):
+    for path in _sources(folder):
         state.update(f"{path} ".encode() + path.read_bytes())
     if index.exists() and seal.exists() and seal.read_text() == state.hexdigest():
         return index
@@ -146,6 +142,15 @@ def _report(folder: Path) -> Path:
     index = build(folder, folder / "report")
     replace_file(seal, lambda file: file.write_text(state.hexdigest()))
     return index
+
+
+def _sources(folder: Path) -> list[Path]:
+    """The files that a report is made from: the analysis and its page, and what it reads."""
+    analysis = Path(__file__).resolve().parent.parent / "analysis"
+    found = [path for path in analysis.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for pattern in ("runs/*/*/*/summary.json", "tuning/*/*.json", "study/*.csv"):
+        found += folder.glob(pattern)
+    return sorted([*found, *folder.parent.glob("bench/*/bench.csv")])
 
 
 def _print_table(jobs: list[Job]) -> None:

@@ -49,7 +49,8 @@ class Panel {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.setAttribute("aria-label", this.words());
     const first = Math.max(...visible.map((m) => m[this.spec.key][0][0] ?? -Infinity));
-    const within = (y) => y !== null && (!this.spec.loss || !(y > first * 1.05));
+    const floor = this.spec.floor ?? -Infinity;
+    const within = (y) => y !== null && y >= floor && (!this.spec.loss || !(y > first * 1.05));
     const ys = visible.flatMap((m) => m[this.spec.key].flat()).filter(within);
     const xs = visible.flatMap((m) => m[axis]);
     if (!ys.length) return;
@@ -57,14 +58,16 @@ class Panel {
     const log = this.spec.loss && low > 0 && high / low > 3;
     const room = log ? (high / low) ** 0.04 : (high - low) * 0.04 || Math.abs(high) * 0.05 || 1;
     [low, high] = log ? [low / room, high * room] : [low - room, high + room];
-    const end = Math.max(...xs) || 1, b = this.box, level = log ? Math.log : (v) => v;
+    const end = Math.min(Math.max(...xs), this.chart.data.ends[axis]) || 1, b = this.box, level = log ? Math.log : (v) => v;
     this.x = (v) => b.left + (v / end) * (b.right - b.left);
     this.y = (v) => {
       const place = b.bottom - ((level(v) - level(low)) / (level(high) - level(low))) * (b.bottom - b.top);
-      return Math.max(place, b.top - 30);
+      return Math.min(Math.max(place, b.top - 30), b.bottom + 400);
     };
     this.frame(low, high, end, log);
-    const area = svg("g", { "clip-path": `inset(0)` }, this.svg);
+    const clip = svg("clipPath", { id: `clip-${this.chart.data.task}-${this.spec.key}` }, this.svg);
+    svg("rect", { x: b.left, y: 0, width: b.right - b.left, height: b.bottom }, clip);
+    const area = svg("g", { "clip-path": `url(#${clip.id})` }, this.svg);
     for (const method of [...visible].sort((p, q) => p.bold - q.bold)) this.curve(area, method, axis);
     this.cursor = svg("line", { class: "cursor", y1: b.top, y2: b.bottom, visibility: "hidden" }, this.svg);
   }

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from analysis import figures
+from analysis import figures, report
 from runners.config import CONFIGS
-from runners.reproduce import narrowed
+from runners.reproduce import _report, _sources, narrowed
 
 MAP = (CONFIGS.parent / "docs" / "figures.md").read_text()
 FIGURES = sorted(path.stem for path in (CONFIGS / "experiment").glob("figure_*.yaml"))
@@ -43,6 +43,30 @@ def test_families_choose_tasks(compose):
     cfg = compose("experiment=figure_3")
     assert narrowed(cfg.profile, cfg.experiment).tasks == ["gcn_sbm"]
     assert len(cfg.profile.tasks) == 3  # its own stay whole
+
+
+def test_a_report_is_made_anew_when_what_it_is_made_from_changes(tmp_path, monkeypatch):
+    made = []
+
+    def build(root, out):
+        made.append(root)
+        out.mkdir(exist_ok=True)
+        (out / "index.html").write_text("")
+        return out / "index.html"
+
+    monkeypatch.setattr(report, "build", build)
+    folder = tmp_path / "quick"
+    (folder / "runs").mkdir(parents=True)
+    for name in ("page/page.css", "page/page.js", "page/index.html.jinja", "curves.py"):
+        assert CONFIGS.parent / "analysis" / name in _sources(folder)
+    times = 1
+    for path in (None, "runs/t/o/h/summary.json", "tuning/t/o.json", "study/estimators.csv", "../bench/cpu/bench.csv"):
+        if path:
+            (folder / path).parent.mkdir(parents=True)
+            (folder / path).write_text("")
+            times += 1
+        assert _report(folder) == _report(folder) == folder / "report" / "index.html"
+        assert len(made) == times
 
 
 def reproduce(tmp_path, *overrides):
