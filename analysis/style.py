@@ -225,7 +225,7 @@ def names_at_ends(axis, ends: list[tuple[str, str, float, float]]) -> None:
     ]
     colors = [look.color for look in looks]
     axis.add_collection(
-        LineCollection(leads, colors=colors, linewidths=0.6, transform=axis.transAxes, clip_on=False, zorder=1),
+        LineCollection(leads, colors=colors, linewidths=0.7, linestyles=":", transform=axis.transAxes, clip_on=False),
         autolim=False,
     )
     for (_, name, *_), look, level in zip(known, looks, levels, strict=True):

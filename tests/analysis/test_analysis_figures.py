@@ -185,6 +185,27 @@ def test_many_methods_are_drawn_a_group_to_a_panel_with_the_layerwise_ones_in_ea
         assert np.diff(heights).min() * axis.get_position().height * drawn.figure.get_figheight() * 72 > 8  # points
 
 
+def test_the_benchmark_is_drawn_beside_the_runs_cost(tmp_path):
+    write_records(tmp_path / "quick", tasks=[TASK], methods={"sgdm": METHODS["sgdm"]}, trials=0)
+    (tmp_path / "bench" / "cuda").mkdir(parents=True)
+    rows = [
+        "workload,optimizer,time_ratio,memory_ratio,refused",
+        "gcn_cora,sgdm,1,1,",
+        "gcn_cora,lw_sgdm every=10,1.1,1.2,",
+    ]
+    rows += ["resnet,sgdm,1,1,", "resnet,lw_sgdm every=10,1.21,1.3,", "resnet,kfac,,,no time left"]
+    (tmp_path / "bench" / "cuda" / "bench.csv").write_text("\n".join(rows) + "\n")
+    records = load(tmp_path / "quick")
+    assert "bench_cuda" in figures.jobs(records)
+    drawn = costs.bench(records, "cuda")
+    time, memory = drawn.figure.axes
+    names = [text.get_text() for text in time.get_yticklabels()]
+    assert names == ["SGD-m", "lw_sgdm every=10"] and time.get_xlabel() == "times SGD-m"
+    assert time.get_title(loc="left") == "Time per step" and memory.get_title(loc="left") == "Peak memory"
+    assert "lw_sgdm every=10 1.15 × time, 1.25 × memory" in drawn.alt  # geometric means
+    assert len(drawn.data) == 4
+
+
 def test_regimes_have_a_line_per_run_and_scale(tmp_path):
     profile = {"name": "test", "tasks": [TASK], "seeds": 2}
     for rate in (0.5, 1.5):
