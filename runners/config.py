@@ -80,6 +80,9 @@ def complete(cfg: DictConfig) -> DictConfig:
     cfg.budget = _budget(cfg)
     cfg.device = definite_device(str(cfg.device))
     cfg.threads = definite_threads(cfg.threads)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # of torchrun
+        cfg.ranks = int(os.environ["WORLD_SIZE"])
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if cfg.device == "cuda" else cfg.device
     return cfg
 
 
@@ -174,6 +177,12 @@ def _check(cfg: DictConfig) -> None:
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
+    ranks = cfg.get("ranks", 1)
+    if ranks > 1 and (size == "full" or size % ranks):
+        raise ConfigError(
+            f"task.batch_size is {size}, of which {ranks} ranks cannot have equal parts; type a multiple of {ranks} "
+            "(graphs, whose rows depend on one another, are for one rank)"
+        )
 
 
 def _is_declared(name: str) -> bool:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+
 from omegaconf import DictConfig
 
 from runners.command import command
@@ -17,6 +19,8 @@ def train(cfg: DictConfig) -> str:
     from runners.trainer import run  # torch and the libraries, only once the config is sound
 
     folder = run(cfg)
+    if os.environ.get("RANK", "0") != "0":  # of torchrun: rank 0 speaks for all
+        return str(folder)
     if cfg.tracker.mode:
         from runners.tracking import mirror
 

@@ -52,11 +52,17 @@ def run(cfg: DictConfig) -> Path:
         RunFailed: an error in training; recorded.
     """
     folder = run_folder(cfg)
-    if record.is_done(folder):
+    shared = cfg.get("ranks")  # by the processes that torchrun has started, which find out together
+    if record.is_done(folder) and not shared:
         checkpoint.finish(folder)  # if it was killed between its last two files
+        return folder
+    check_callables(cfg)
+    check_writable(Path(cfg.results.root))
+    if shared:
+        from runners.parallel import run_together
+
+        run_together(cfg, folder)
     else:
-        check_callables(cfg)
-        check_writable(Path(cfg.results.root))
         with claim(folder), StopSignals() as signals:
             if not record.is_done(folder):  # by another process, meanwhile
                 Trainer(cfg, folder).run(signals)
@@ -70,6 +76,8 @@ class Trainer:
         cfg: resolved config.
         folder: where the record goes.
     """
+
+    objective_type = Objective
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self.cfg, self.folder = cfg, folder
@@ -165,6 +173,7 @@ class Trainer:
         """
         self.memory.start()
         self.clock.start()
+        batch = None
         try:
             while True:
                 batch = self._next_batch()
@@ -177,6 +186,8 @@ class Trainer:
                     break
         except (ArithmeticError, RuntimeError, ValueError):
             # Methods that factorise or sample what is no longer finite raise in many ways: divergence, not failure.
+            if batch is None:
+                raise
             self.diverged_in = first_layer(self.model, self.optimizer, batch.inputs)
             if self._first_bad_loss() is None and self.diverged_in is None and self._loss_is_finite(batch):
                 raise
@@ -314,16 +325,21 @@ class Trainer:
             torch.manual_seed(stream_seed(self.cfg.seed, "init"))
             model = instantiate(self.cfg.task.model)
         model = model.to(self.device, getattr(torch, self.cfg.task.dtype))
-        objective = Objective(
+        model = self._watch(model)
+        objective = self.objective_type(
             model, self.likelihood, generators["labels"], len(self.dataset.train), self._penalty(model)
         )
         settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
         with contextlib.redirect_stdout(io.StringIO()):  # some packages greet; the last line out is the run's folder
             optimizer = instantiate(settings, model.parameters(), _convert_="all")
         set_mode("train", model, optimizer)
-        if self.device.type == "cpu":  # on others, looking would be waiting
-            model.register_forward_hook(refuse_not_finite)
         return model, objective, optimizer
+
+    def _watch(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Have the model end a step that is not finite; on a GPU, looking would be waiting."""
+        if self.device.type == "cpu":
+            model.register_forward_hook(refuse_not_finite)
+        return model
 
     def _penalty(self, model: torch.nn.Module) -> dict[torch.nn.Parameter, float]:
         """The task's L2 penalty, on the parameters that the model names for it, or on all."""

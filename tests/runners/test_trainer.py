@@ -178,6 +178,8 @@ def test_a_diverging_run_ends_early_with_its_finite_rows(train):
 class BrokenSGD(torch.optim.SGD):
     """Fails at its third step."""
 
+    __module__ = "torch.optim"  # where a config may name it
+
     def step(self, closure):
         loss = super().step(closure)
         state = self.state.setdefault("broken", {"steps": 0})
@@ -203,6 +205,8 @@ def test_a_failing_run_is_recorded_and_tried_again(train, tmp_path, monkeypatch)
 
 def test_a_method_that_raises_on_what_is_not_finite_has_diverged(train, monkeypatch):
     class Factorising(torch.optim.SGD):
+        __module__ = "torch.optim"
+
         def step(self, closure):
             loss = super().step(closure)
             for group in self.param_groups:

@@ -1,0 +1,68 @@
+"""One run on several processes, as torchrun starts them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runners.config import CONFIGS, ConfigError, resolve
+from runners.record import read_summary, read_table
+
+RUN = ("task=autoencoder_curves_small", "budget.epochs=2", "device=cpu", "threads=1", "tracker=none", "progress=false")
+
+
+def torchrun(root, ranks, *arguments):
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0", "--standalone"]
+    command = [sys.executable, *launch, "-m", "runners.train", *RUN, f"results.root={root}", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CONFIGS.parent)}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def made(process):
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return Path(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lw_sgdm"])
+def test_two_ranks_make_one_record_that_agrees_with_one_process(train, tmp_path, optimizer):
+    share = (
+        ("+optimizer.curvature={_target_:optimizers.curvature.SampledFisher,share:1.0}",)
+        if optimizer[:2] == "lw"
+        else ()
+    )
+    shared = made(torchrun(tmp_path / "shared", 2, f"optimizer={optimizer}", *share))
+    assert [path.name for path in (tmp_path / "shared").glob("*/*/*")] == [shared.name]
+    assert read_summary(shared)["status"] == "finished"
+    alone = train(*RUN[:2], f"optimizer={optimizer}", *share)
+    assert alone.name != shared.name, "another number of ranks is another run"
+    for ours, theirs in zip(read_table(shared / "metrics.csv"), read_table(alone / "metrics.csv"), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-3)
+
+
+def test_a_signal_stops_all_ranks_and_the_run_goes_on(tmp_path):
+    whole = made(torchrun(tmp_path / "whole", 2, "optimizer=lw_adamw", "budget.epochs=12"))
+    process = torchrun(tmp_path / "parts", 2, "optimizer=lw_adamw", "budget.epochs=12")
+    while not list(tmp_path.glob("parts/*/*/*/config.yaml")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    parts = made(torchrun(tmp_path / "parts", 2, "optimizer=lw_adamw", "budget.epochs=12"))
+    rows = [
+        [{k: v for k, v in row.items() if k != "train_seconds"} for row in read_table(folder / "metrics.csv")]
+        for folder in (whole, parts)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(("task", "size"), [("gcn_sbm", "full"), ("cnn_digits", 64)])
+def test_batches_that_cannot_be_shared_are_refused(compose, monkeypatch, task, size):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=f"task.batch_size is {size}, of which 3 ranks cannot have equal parts"):
+        resolve(compose(f"task={task}", "budget.epochs=1"))
