@@ -5,8 +5,8 @@ uploaded. Online mode does so at once. A run's id is its record's hash, so that 
 and an upload that broke off is simply made again. What W&B would add by itself (host, user, code, requirements, system
 metrics) stays out: the record's provenance says what matters.
 
-`python -m runners.tracking profile=quick` mirrors the records under `<results.root>/<profile>/runs` and uploads every
-log that is not uploaded yet.
+`python -m runners.tracking profile=quick` mirrors the final runs under `<results.root>/<profile>/runs` and uploads
+every log that is not uploaded yet.
 """
 
 from __future__ import annotations
@@ -202,12 +202,13 @@ def _numbers(rows: Sequence[dict[str, str]]):
 
 
 def sync(cfg: DictConfig) -> None:
-    """Mirror the records of the config's profile and upload every log that is not uploaded yet."""
+    """Mirror the final runs of the config's profile and upload every log that is not uploaded yet."""
     tracker = cfg.tracker
     if not tracker.mode:
         raise ConfigError("tracker=none mirrors nothing; type tracker=wandb_offline")
-    records = Path(cfg.results.root, cfg.profile.name, "runs").glob("*/*/*")
-    mirror(sorted(records), OmegaConf.merge(tracker, {"mode": "offline"}))
+    records = sorted(Path(cfg.results.root, cfg.profile.name, "runs").glob("*/*/*"))
+    finals = [folder for folder in records if not read_summary(folder).get("holdout")]
+    mirror(finals, OmegaConf.merge(tracker, {"mode": "offline"}))
     found = logs(Path(tracker.dir))
     waiting = [log for log in found if not is_uploaded(log)]
     upload(found)
