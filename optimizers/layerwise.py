@@ -26,17 +26,19 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
     ρ_l = g_lᵀ d_l − ν · e_lᵀ M_l e_l.
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
-noise, and ``ν = 1`` under active dropout, whose noise no size of batch removes. ``e`` costs two thirds of a gradient
-and changes slowly, so it is measured every ``noise_every`` steps.
+noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
+measured every ``noise_every`` steps.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
 long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s`` with
 ``s = ρ̄ᵀt / ρ̄ᵖᵀt`` in [0, 1], the share of the measured slope that is not noise.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ ‖θ_l‖``; step sizes start at ``1/warmup`` of
-their value, and grow by a factor of at most ``growth`` from step to step, because curvature rises while steps grow and
-its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
+autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ s_l² ‖θ_l‖``, with the layer's own share of
+signal ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``: where a layer's slope is mostly noise, so is a long step (a BatchNorm CNN
+wants a third of an autoencoder's trust). Step sizes start at ``1/warmup`` of their value and grow by a factor of at
+most ``growth`` from step to step, because curvature rises while steps grow and its average lags behind. They may fall
+at any pace, and after a fall regain half of their last ceiling at once.
 
 ======  ===============  ============================================================================================
 symbol  argument         meaning
@@ -69,10 +71,10 @@ class Layerwise(LayeredOptimizer):
         params: parameters or parameter groups; together they must hold every trainable parameter of the model.
         defaults: the descent's own options, per group.
         sigma: ``σ`` > 0.
+        trust: ``τ`` > 0.
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
-        trust: ``τ`` > 0.
         growth: largest growth of a step size from step to step, above 1.
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
         noise_every: measure the noise every so many curvature measurements.
@@ -87,10 +89,10 @@ class Layerwise(LayeredOptimizer):
         params: Iterable,
         defaults: dict,
         *,
-        sigma: float = 2.0,
+        sigma: float,
+        trust: float,
         averaging: float = 0.95,
         floor: float = 0.2,
-        trust: float = 0.03,
         warmup: int = 20,
         growth: float = 1.1,
         every: int = 1,
@@ -214,12 +216,13 @@ class Layerwise(LayeredOptimizer):
         measured, curvature = search["slope"], search["curvature"]
         slope = measured - (1 - self.averaging ** search["measured"]) * search["noise"]
         slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
+        share = slope / measured.clamp_min(tiny)
         t = slope / curvature.diagonal().clamp_min(tiny)
         promised = slope @ t
         joint = (promised / (t @ curvature @ t).clamp_min(tiny)).clamp_max(1)
         search["signal"] = (promised / (measured @ t).clamp_min(tiny)).clamp_max(1)
         sizes = joint * t * per_length * min(1.0, search["measured"] / self.warmup)
-        sizes = torch.minimum(sizes, self.trust * self._weight_norms() * per_length)
+        sizes = torch.minimum(sizes, self.trust * share.square() * self._weight_norms() * per_length)
         if "ceiling" in search:
             sizes = torch.minimum(sizes, search["ceiling"])
             # half the last ceiling at least: a step that fell to zero must be able to grow again
@@ -254,12 +257,23 @@ class LWSGDm(Layerwise):
         params: parameters or parameter groups.
         momentum: ``β`` in [0, 1).
         weight_decay: ``w`` ≥ 0.
+        sigma: ``σ``; see ``Layerwise``.
+        trust: ``τ``; see ``Layerwise``. Momentum takes each direction ``1/(1−β)`` times in all.
         **search: see ``Layerwise``.
     """
 
-    def __init__(self, params: Iterable, momentum: float = 0.9, weight_decay: float = 0.0, **search) -> None:
+    def __init__(
+        self,
+        params: Iterable,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        sigma: float = 2.0,
+        trust: float = 0.03,
+        **search,
+    ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        super().__init__(params, {"momentum": momentum, "weight_decay": weight_decay}, **search)
+        defaults = {"momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults, sigma=sigma, trust=trust, **search)
 
     def _directions(self) -> Directions:
         return {layer: [p.grad for p in layer.parameters] for layer in self._layers}
@@ -282,14 +296,17 @@ class LWAdamW(Layerwise):
 
     ``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``,  ``d = m̂ / (√v̂ + ε)``,  ``θ_l ← (1 − α_l w) θ_l − α_l d_l``.
 
-    Weight decay is decoupled and scaled by the step size, as in ``torch.optim.AdamW``. In the metric ``M`` the part of
-    ``g`` in ``v̂`` is left out: ``M = (1−β₁)/(1−β₁ᵗ) / (√v̂ + ε)``, an approximation.
+    Weight decay is decoupled and scaled by the step size, as in ``torch.optim.AdamW``. The metric is approximate: ``M =
+    (1−β₁)/(1−β₁ᵗ) / (√v̂' + ε)``, where ``v̂'`` is ``v̂`` with ``e`` in it, so that no entry whose gradient happened to be
+    nearly zero counts without bound in the first steps.
 
     Args:
         params: parameters or parameter groups.
         betas: ``(β₁, β₂)``, each in [0, 1).
         eps: ``ε`` > 0.
         weight_decay: ``w`` ≥ 0.
+        sigma: ``σ``; see ``Layerwise``.
+        trust: ``τ``; see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -299,12 +316,15 @@ class LWAdamW(Layerwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        sigma: float = 1.5,
+        trust: float = 0.1,
         **search,
     ) -> None:
         betas = tuple(betas)
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
-        super().__init__(params, {"betas": betas, "eps": eps, "weight_decay": weight_decay}, **search)
+        defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, sigma=sigma, trust=trust, **search)
 
     def _directions(self) -> Directions:
         return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
@@ -317,16 +337,18 @@ class LWAdamW(Layerwise):
         state["step"] += 1
         state["exp_avg"].lerp_(p.grad, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(p)
+        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(p, state["exp_avg_sq"])
 
-    def _scale(self, p: Tensor) -> Tensor:
+    def _scale(self, p: Tensor, second_moment: Tensor) -> Tensor:
         """``√v̂ + ε``."""
-        group, state = self.group(p), self.state[p]
-        return (state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])).sqrt_().add_(group["eps"])
+        group = self.group(p)
+        return (second_moment / (1 - group["betas"][1] ** self.state[p]["step"])).sqrt_().add_(group["eps"])
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
-        beta1, step = self.group(parameter)["betas"][0], self.state[parameter]["step"]
-        return self._scale(parameter).reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1**step))
+        (beta1, beta2), state = self.group(parameter)["betas"], self.state[parameter]
+        second_moment = state["exp_avg_sq"].addcmul(e, e, value=1 - beta2)
+        scale = self._scale(parameter, second_moment)
+        return scale.reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1 ** state["step"]))
 
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
         for p, d in zip(layer.parameters, direction, strict=True):
@@ -334,4 +356,3 @@ class LWAdamW(Layerwise):
             if decay:
                 p.mul_(1 - alpha * decay)
             p.sub_(alpha * d)
-
