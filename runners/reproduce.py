@@ -82,6 +82,9 @@ def reproduce(cfg: DictConfig) -> None:
         progress.watch(finals)
         failed += sweep.launch(finals)
     failures += [f"{job.name}: {reason}\n    {job.command}" for job, reason in failed]
+    from runners.study import make_study  # imports torch, which a plan does not need
+
+    make_study(sweep.folder / "study", list(experiment.figures if experiment else sweep.profile.study))
     mirror([job.folder for job in finals], cfg.tracker)
     _print_table(finals)
     try:

@@ -49,7 +49,7 @@ command(getattr(importlib.import_module(f"runners.{module}"), module))()
 SMALL = ("device=cpu", "threads=1", "tracker=none", "progress=false")
 REPRODUCE = (
     "reproduce", "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2",
-    "profile.trials=2", "budget.epochs=60",
+    "profile.trials=2", "profile.study=[]", "budget.epochs=60",
 )  # fmt: skip
 SCENARIOS = {
     "run": ("train", "task=cnn_digits", "optimizer=lw_adamw", "budget.epochs=25", "schedule=step"),

@@ -13,7 +13,7 @@ from tests.cluster.survival import ROOT, outcome
 
 SMALL = (
     "profile.tasks=[gcn_sbm]", "profile.optimizers=[adamw,lw_sgdm]", "profile.seeds=2", "profile.trials=1",
-    "budget.epochs=1500", "device=cpu", "tracker=none",
+    "budget.epochs=1500", "profile.study=[]", "device=cpu", "tracker=none",
 )  # fmt: skip
 SLURM = ("launcher=slurm", "hydra.launcher.partition=debug", "hydra.launcher.timeout_min=30")
 

@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_after_a_failure_and_runs_side_by_side(call, tmp_path):
 
 def test_reproduce_makes_everything_once(call, tmp_path):
     short = ("profile.tasks=[cnn_digits]", "profile.optimizers=[sgdm]", "profile.seeds=2", "profile.trials=2")
-    short = (*short, "budget.epochs=1", "tracker.dir=.")
+    short = (*short, "budget.epochs=1", "profile.study=[]", "tracker.dir=.")
     plan = call("runners.reproduce", *short, "dry_run=true").stdout.splitlines()
     assert len(plan) == 5
     assert plan[-1].startswith("4 runs, 4 to be made")
@@ -122,7 +122,13 @@ def test_reproduce_makes_everything_once(call, tmp_path):
 
 def test_reproduce_names_what_failed_and_how_to_try_again(call, tmp_path):
     short = ("profile.tasks=[cnn_digits]", "profile.optimizers=[sgdm,sgd]", "profile.seeds=1", "profile.trials=1")
-    short = (*short, "budget.epochs=1", "tracker=none", "task.batch_size=1400")  # too large for a trial's training set
+    short = (
+        *short,
+        "budget.epochs=1",
+        "profile.study=[]",
+        "tracker=none",
+        "task.batch_size=1400",
+    )  # too large for a trial's training set
     error = call("runners.reproduce", *short, rc=1).stderr
     assert "error: 4 failed; the same command tries them again" in error
     assert "tuning sgdm on cnn_digits: no trial has a result" in error
