@@ -43,7 +43,8 @@ at any pace, and after a fall regain half of their last ceiling at once.
 ======  ===============  ============================================================================================
 symbol  argument         meaning
 ======  ===============  ============================================================================================
-``σ``   ``sigma``        dimensionless, not a learning rate; kept as the groups' ``lr`` so that schedulers can act on it
+``σ``   ``sigma``        dimensionless, not a learning rate. It is the groups' ``lr`` at first, and what a scheduler
+                         makes of that scales the steps in proportion
 –       ``averaging``    weight of the past in the averages
 ``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good, and
                          where nearly all slope is noise, the step of the plain slope at a fifth of σ = 1 is safe
@@ -110,7 +111,7 @@ class Layerwise(LayeredOptimizer):
         check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.noise_every, self.trust = every, noise_every, trust
+        self.every, self.noise_every, self.trust, self.sigma = every, noise_every, trust, sigma
         self.curvature = SampledFisher() if curvature is None else curvature
 
     data_parallel = True
@@ -237,12 +238,10 @@ class Layerwise(LayeredOptimizer):
         return norms.masked_fill(norms == 0, torch.inf)
 
     def _step_sizes(self, search: dict) -> Tensor:
-        """``α``, with each layer's own ``σ`` (the ``lr`` of its group)."""
-        sigma = [self.group(layer.parameters[0])["lr"] for layer in self._layers]
-        sigma = torch.as_tensor(sigma, dtype=search["step_size"].dtype).to(
-            search["step_size"].device, non_blocking=True
-        )
-        return search["step_size"] * (1 + (sigma - 1) * search["signal"])
+        """``α``, scaled by what a scheduler or a group of parameters has made of its ``lr``, which began as ``σ``."""
+        sizes = search["step_size"] * (1 + (self.sigma - 1) * search["signal"])
+        scale = [self.group(layer.parameters[0])["lr"] / self.sigma for layer in self._layers]
+        return sizes * torch.as_tensor(scale, dtype=sizes.dtype).to(sizes.device, non_blocking=True)
 
 
 class LWSGDm(Layerwise):
