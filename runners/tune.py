@@ -21,6 +21,7 @@ from runners.record import write_json
 from runners.sweep import Job, Sweep
 
 SEED = 0
+EDGE = 0.1
 
 
 def candidates(search: dict, family: str, trials: int) -> list[dict[str, float]]:
@@ -62,7 +63,7 @@ def trials_of(sweep: Sweep, task: str, optimizer: str) -> list[Job]:
     return [sweep.job(task, optimizer, SEED, values) for values in settings]
 
 
-def select(jobs: Sequence[Job], metric: str, mode: str) -> dict:
+def select(jobs: Sequence[Job], spaces: dict[str, tuple[float, float]], metric: str, mode: str) -> dict:
     """The outcome of a search whose runs are made.
 
     The best final value wins; equal ones are told apart by validation loss. A diverged trial loses to any other; if all
@@ -101,7 +102,7 @@ def select(jobs: Sequence[Job], metric: str, mode: str) -> dict:
         ],
         "selected": best.values,
         "score": _score(best, metric),
-        "on_edge": any(_is_extreme(best, jobs, field) for field in best.values),
+        "on_edge": any(_is_on_edge(value, *spaces[field]) for field, value in best.values.items()),
         "metric": metric,
         "mode": mode,
     }
@@ -109,7 +110,8 @@ def select(jobs: Sequence[Job], metric: str, mode: str) -> dict:
 
 def record_search(sweep: Sweep, jobs: Sequence[Job]) -> dict:
     """Select among finished trials and keep the whole search in `tuning/<task>/<optimizer>.json`."""
-    outcome = select(jobs, **jobs[0].config["task"]["select"])
+    task, search = jobs[0].config["task"], jobs[0].config["optimizer"]["search"]
+    outcome = select(jobs, {field: search[field][task["family"]] for field in search}, **task["select"])
     path = tuning_file(sweep, *jobs[0].pair)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, outcome)
@@ -125,9 +127,10 @@ def _score(job: Job, metric: str) -> float | None:
     return summary["final"][metric] if summary.get("status") == "finished" else None
 
 
-def _is_extreme(best: Job, jobs: Sequence[Job], field: str) -> bool:
-    values = [job.values[field] for job in jobs]
-    return best.values[field] in (min(values), max(values))
+def _is_on_edge(value: float, low: float, high: float) -> bool:
+    """Whether a value lies in the outer tenths of its space, in logarithms: the ends of a grid do."""
+    place = np.log(value / low) / np.log(high / low)
+    return not EDGE <= place <= 1 - EDGE
 
 
 def tune(cfg: DictConfig) -> None:

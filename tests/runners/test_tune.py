@@ -6,6 +6,7 @@ from runners.config import ConfigError
 from runners.tune import candidates, select
 
 LR = {"lr": {"cnn": [1e-3, 1.0], "source": "here"}}
+SPACES = {"lr": (0.1, 0.3)}
 
 
 def trial(value, status="finished", accuracy=0.5, loss=1.0, steps=10):
@@ -40,36 +41,41 @@ def test_what_is_not_searched_has_no_trials_and_a_missing_family_is_named():
 
 def test_the_best_final_value_on_validation_is_selected():
     jobs = [trial(0.1, accuracy=0.6), trial(0.2, accuracy=0.9), trial(0.3, accuracy=0.7)]
-    outcome = select(jobs, "val_accuracy", "max")
+    outcome = select(jobs, SPACES, "val_accuracy", "max")
     assert (outcome["selected"], outcome["score"], outcome["on_edge"]) == ({"lr": 0.2}, 0.9, False)
     assert [t["score"] for t in outcome["trials"]] == [0.6, 0.9, 0.7]
     assert outcome["trials"][0]["folder"] == "cnn_digits/sgdm/0.1"
-    assert select(jobs, "val_loss", "min")["selected"] == {"lr": 0.1}
+    assert select(jobs, SPACES, "val_loss", "min")["selected"] == {"lr": 0.1}
 
 
 def test_equal_accuracies_are_told_apart_by_loss():
     jobs = [trial(0.1, loss=0.3), trial(0.2, loss=0.1), trial(0.3, loss=0.2)]
-    assert select(jobs, "val_accuracy", "max")["selected"] == {"lr": 0.2}
+    assert select(jobs, SPACES, "val_accuracy", "max")["selected"] == {"lr": 0.2}
 
 
 @pytest.mark.parametrize("best", [0.1, 0.3])
 def test_a_best_value_at_an_end_of_the_grid_is_flagged(best):
     jobs = [trial(value, accuracy=0.9 if value == best else 0.5) for value in (0.1, 0.2, 0.3)]
-    assert select(jobs, "val_accuracy", "max")["on_edge"]
+    assert select(jobs, SPACES, "val_accuracy", "max")["on_edge"]
+
+
+@pytest.mark.parametrize(("value", "flagged"), [(1.8e-3, True), (3e-3, False), (0.4, False), (0.6, True)])
+def test_the_edge_of_a_space_is_its_outer_tenth_whatever_else_was_tried(value, flagged):
+    assert select([trial(value)], {"lr": (1e-3, 1.0)}, "val_accuracy", "max")["on_edge"] == flagged
 
 
 def test_diverged_and_failed_trials_lose():
     jobs = [trial(0.1, "diverged", accuracy=1.0), trial(0.2, "failed", accuracy=1.0), trial(0.3, accuracy=0.2)]
-    outcome = select(jobs, "val_accuracy", "max")
+    outcome = select(jobs, SPACES, "val_accuracy", "max")
     assert outcome["selected"] == {"lr": 0.3}
     assert [t["score"] for t in outcome["trials"]] == [None, None, 0.2]
 
 
 def test_if_all_diverged_the_one_that_lasted_longest_stands():
-    outcome = select([trial(0.1, "diverged", steps=7), trial(0.2, "diverged", steps=3)], "val_accuracy", "max")
+    outcome = select([trial(0.1, "diverged", steps=7), trial(0.2, "diverged", steps=3)], SPACES, "val_accuracy", "max")
     assert (outcome["selected"], outcome["score"]) == ({"lr": 0.1}, None)
 
 
 def test_a_search_without_any_result_is_an_error():
     with pytest.raises(ConfigError, match="tuning sgdm on cnn_digits: no trial has a result"):
-        select([trial(0.1, "failed")], "val_accuracy", "max")
+        select([trial(0.1, "failed")], SPACES, "val_accuracy", "max")
