@@ -315,7 +315,7 @@ class LWAdamW(Layerwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        sigma: float = 1.5,
+        sigma: float = 1.8,
         trust: float = 0.1,
         **search,
     ) -> None:
