@@ -187,17 +187,23 @@ class Layerwise(LayeredOptimizer):
         length = torch.stack([dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         slope = torch.stack([dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
-        if search["measured"] % self.noise_every == 0:
-            self._measure_noise(minibatch, trace, per_length, search)
-        minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
+        noise_is_due = search["measured"] % self.noise_every == 0
+        if not minibatch.complete:
+            minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
+            if noise_is_due:
+                self._measure_noise(minibatch, trace, per_length, search)
         q = minibatch.mean(self.curvature(minibatch, trace, directions))
+        if minibatch.complete and noise_is_due:
+            del trace  # the second draw compares gradients and makes a trace of its own
+            self._measure_noise(minibatch, None, per_length, search)
+        minibatch.objective.model.zero_grad(set_to_none=True)
         search["measured"] += 1
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
             search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)
         self._search_step_sizes(search, per_length)
         return loss, directions
 
-    def _measure_noise(self, minibatch: Minibatch, trace: Trace, per_length: Tensor, search: dict) -> None:
+    def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: dict) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""
         noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
 

@@ -180,14 +180,15 @@ class Minibatch:
                 p.grad = self._penalised(p, g)
         return self.loss(trace.outputs).detach()
 
-    def noise(self, trace: Trace, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
+    def noise(self, trace: Trace | None, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         r"""A random ``e`` with the second moment of the noise in the mean gradient that ``.grad`` holds.
 
         Drawing ``m`` of ``n`` examples: ``e = √(1 − m/n) (1/m) Σ_i ε_i ∇ℓ_i``, ``ε_i = ±1`` random and balanced. Under
         dropout every example's gradient is noisy by itself, so there ``e = (1/m) Σ_i ε_i ∇ℓ_i``; but at ``m = n``,
         where that spread is no noise, a second draw of the masks is compared: ``e = (g − g')/√2``.
 
-        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is.
+        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is; of a ``complete``
+        batch no trace is needed.
         """
         if self.complete:
             self._redraw(visit)
