@@ -187,8 +187,8 @@ class Minibatch:
         dropout every example's gradient is noisy by itself, so there ``e = (1/m) Σ_i ε_i ∇ℓ_i``; but at ``m = n``,
         where that spread is no noise, a second draw of the masks is compared: ``e = (g − g')/√2``.
 
-        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is; of a ``complete``
-        batch no trace is needed.
+        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is; a ``complete``
+        batch needs no trace.
         """
         if self.complete:
             self._redraw(visit)
