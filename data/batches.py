@@ -54,9 +54,9 @@ class Split:
         rows = None if self.rows is None else function(self.rows)
         return Split(tuple(function(x) for x in self.inputs), function(self.targets), rows)
 
-    def to(self, device: torch.device | str) -> Split:
-        """The split on `device`; a tensor that occurs twice is moved once."""
-        return self.map(_mover(device))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Split:
+        """The split on `device`, its real numbers in `dtype`; a tensor that occurs twice is moved once."""
+        return self.map(_mover(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Dataset:
     surrogate: str | None
     name: str
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The data set on `device`; tensors shared by splits stay shared."""
-        move = _mover(device)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
+        """The data set on `device`, its real numbers in `dtype`; tensors shared by splits stay shared."""
+        move = _mover(device, dtype)
         validation = None if self.validation is None else self.validation.map(move)
         return replace(self, train=self.train.map(move), test=self.test.map(move), validation=validation)
 
@@ -173,6 +173,6 @@ class Batches:
         yield from (self.split.take(order[s]) for s in slices)
 
 
-def _mover(device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def _mover(device: torch.device | str, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     # Tensors hash by identity: one that several splits share is moved once and stays shared.
-    return functools.cache(lambda tensor: tensor.to(device))
+    return functools.cache(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))

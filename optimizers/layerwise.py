@@ -85,6 +85,8 @@ class Layerwise(LayeredOptimizer):
         ValueError: an argument out of its range.
     """
 
+    data_parallel = True
+
     def __init__(
         self,
         params: Iterable,
@@ -113,8 +115,6 @@ class Layerwise(LayeredOptimizer):
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
         self.every, self.noise_every, self.trust, self.sigma = every, noise_every, trust, sigma
         self.curvature = SampledFisher() if curvature is None else curvature
-
-    data_parallel = True
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:

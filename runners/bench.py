@@ -31,7 +31,7 @@ from data.graphs import _sparse as sparse
 from data.graphs import normalised_adjacency
 from runners.clock import Clock
 from runners.command import describe
-from runners.config import CONFIGS, ConfigError, check_writable, definite_device, definite_threads
+from runners.config import CONFIGS, ConfigError, check_callables, check_writable, definite_device, definite_threads
 from runners.evaluation import set_mode
 from runners.provenance import provenance
 from runners.trainer import Trainer
@@ -161,6 +161,7 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
         choices = [*place, f"optimizer={name}", *(f"++optimizer.{setting}" for setting in settings)]
         composed = hydra.compose("config", choices)
         OmegaConf.resolve(composed)
+        check_callables(composed)
         dataset = dataset or stand_in(composed.task)
         if contenders and time.monotonic() > until:
             refused[entry] = "no time left; give more by seconds=N"

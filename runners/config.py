@@ -26,6 +26,8 @@ CALLABLE = (
     "pytorch_optimizer", "prodigyopt", "dadaptation", "schedulefree", "dog",
 )  # fmt: skip
 
+DTYPES = ("float32", "float64")
+
 # Sections that may read environment variables: they say where things are, and are in no record.
 FROM_ENVIRONMENT = ("data", "results", "tracker")
 
@@ -174,6 +176,8 @@ def _check(cfg: DictConfig) -> None:
     for field, value in cfg.optimizer.items():
         if _number(value) and value < 0:
             raise ConfigError(f"optimizer.{field} is {value}; type a number of at least 0")
+    if cfg.task.dtype not in DTYPES:
+        raise ConfigError(f"task.dtype is {cfg.task.dtype}; choose one of {', '.join(DTYPES)}")
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")

@@ -75,6 +75,8 @@ def reproduce(cfg: DictConfig) -> None:
     if cfg.dry_run:
         _print_plan(plan, expected, estimates)
         return
+    from runners.study import make_study  # imports torch, which a plan does not need
+
     with Progress(len(expected), estimates.total(expected), estimates.seconds) as progress:
         progress.watch(plan.all_trials())
         failed = sweep.launch(plan.all_trials())
@@ -82,12 +84,10 @@ def reproduce(cfg: DictConfig) -> None:
         progress.watch(finals)
         failed += sweep.launch(finals)
     failures += [f"{job.name}: {reason}\n    {job.command}" for job, reason in failed]
-    from runners.study import make_study  # imports torch, which a plan does not need
-
-    make_study(sweep.folder / "study", list(experiment.figures if experiment else sweep.profile.study))
     mirror([job.folder for job in finals], cfg.tracker)
     _print_table(finals)
     try:
+        make_study(sweep.folder / "study", list(experiment.figures if experiment else sweep.profile.study))
         if experiment:
             print("\n".join(map(str, _figures(sweep.folder, list(experiment.figures)))))
         else:

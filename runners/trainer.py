@@ -300,7 +300,7 @@ class Trainer:
                 f"task.batch_size is {size} but there are {len(dataset.train)} training examples; "
                 "type task.batch_size=N with at most that, or task.batch_size=full"
             )
-        return dataset.to(self.device)
+        return dataset.to(self.device, getattr(torch, cfg.task.dtype))
 
     def _generators(self) -> dict[str, torch.Generator]:
         devices = {"order": "cpu", "augmentation": self.device, "labels": self.device}

@@ -63,6 +63,7 @@ def test_folder_is_task_optimizer_hash(compose):
         ("budget.epochs=many", "budget.epochs is many"),
         ("optimizer.lr=-0.1", "optimizer.lr is -0.1; type a number of at least 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1"),
+        ("task.dtype=half", "task.dtype is half; choose one of float32, float64"),
         ("task.batch_size=0", "task.batch_size is 0; type a positive whole number, or full"),
         ("task.batch_size=half", "task.batch_size is half"),
         ("seed=-1", "seed is -1"),

@@ -240,6 +240,20 @@ def test_a_schedule_changes_the_rate_between_epochs(train, monkeypatch):
     assert rates == pytest.approx([0.1, 0.01, 0.001])
 
 
+@pytest.mark.parametrize("task", [DIGITS, GRAPH])
+def test_double_precision_reaches_data_and_model(train, task, monkeypatch):
+    types = []
+    start = trainer.Trainer._start
+    monkeypatch.setattr(
+        trainer.Trainer,
+        "_start",
+        lambda self, state: types.append(next(self.model.parameters()).dtype) or start(self, state),
+    )
+    folder = train(*task, "optimizer=lw_adamw", "task.dtype=float64", "budget.epochs=1")
+    assert types == [torch.float64]
+    assert read_summary(folder)["status"] == "finished"
+
+
 def test_a_penalty_is_the_objectives_and_on_the_first_layer_of_a_gcn(train, monkeypatch):
     penalties = []
     start = trainer.Trainer._start
