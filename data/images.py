@@ -6,7 +6,6 @@ in [0, 1] and flattened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +100,7 @@ def _classification(name: str, train: Labelled, test: Labelled, padding: int | N
     mean, std = channel_statistics(train[0])
     splits = [Split((images.float().sub_(mean).div_(std),), labels) for images, labels in (train, test)]
     black = (-mean / std).flatten().tolist()
-    augment: Callable | None = None if padding is None else CropFlip(padding, black)
-    return Dataset(*splits, None, augment, None, name)
+    return Dataset(*splits, None, None if padding is None else CropFlip(padding, black), None, name)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,13 +124,19 @@ class CropFlip:
     padding: int
     fill: list[float]
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Augmented images `(m, channels, height, width)`, drawn by `generator` on the images' device."""
+    def draw(self, m: int, generator: torch.Generator | None) -> Tensor:
+        """Each image's first row and column in its padded self, and whether it is flipped: `(m, 3)`."""
+        device = generator.device if generator is not None else None
+        corner = torch.randint(2 * self.padding + 1, (2, m), device=device, generator=generator)
+        flip = torch.rand(m, device=device, generator=generator) < 0.5
+        return torch.stack([*corner, flip], dim=1)
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Augmented images `(m, channels, height, width)`."""
         m, _, height, width = images.shape
-        top, left = torch.randint(2 * self.padding + 1, (2, m), device=images.device, generator=generator)
-        flip = torch.rand(m, 1, 1, 1, device=images.device, generator=generator) < 0.5
+        top, left, flip = draws.unbind(1)
         border = [self.padding] * 4
         padded = torch.stack([F.pad(images[:, c], border, value=v) for c, v in enumerate(self.fill)], dim=1)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view of every crop, (m, c, top, left, h, w)
         cropped = windows[torch.arange(m, device=images.device), :, top, left]
-        return torch.where(flip, cropped.flip(3), cropped)
+        return torch.where(flip.view(m, 1, 1, 1) > 0, cropped.flip(3), cropped)

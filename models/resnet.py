@@ -1,4 +1,4 @@
-"""Residual networks for 32×32 images (He, Zhang, Ren and Sun, CVPR 2016, section 4.2)."""
+"""Residual networks (He, Zhang, Ren and Sun, CVPR 2016): for 32×32 images (section 4.2), and ResNet-50."""
 
 from __future__ import annotations
 
@@ -80,6 +80,17 @@ class OptionA(nn.Module):
             return x
         before = self.extra // 2
         return F.pad(x[:, :, :: self.stride, :: self.stride], [0, 0, 0, 0, before, self.extra - before])
+
+
+def resnet50(classes: int) -> nn.Module:
+    """torchvision's ResNet-50 (the stride in the 3×3 convolutions: v1.5), for images of any size from about 32 pixels.
+
+    Args:
+        classes: number of classes.
+    """
+    import torchvision
+
+    return torchvision.models.resnet50(weights=None, num_classes=classes)
 
 
 def _conv(inputs: int, outputs: int, stride: int) -> nn.Conv2d:

@@ -75,8 +75,7 @@ class SampledFisher:
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
         mixing = minibatch.mixing or any(call.output.shape[:1] != (minibatch.size,) for call in trace.calls)
         draws = self.mixed_draws if mixing else 1
-        rows = None if mixing else self._rows(minibatch, trace)
-        size = minibatch.size if rows is None else len(rows)
+        rows, size = (None, minibatch.size) if mixing else self._rows(minibatch, trace)
         tangents: dict[Call, Tensor] = {}
         slopes: dict[Layer, Tensor] = {}
 
@@ -97,17 +96,24 @@ class SampledFisher:
             trace.backward(residual, pair_sum if mixing else pair, retain_graph=draw + 1 < draws)
             none = torch.zeros_like(next(iter(slopes.values())))
             s = torch.stack([slopes.get(layer, none) for layer in directions])
+            if mixing:
+                s = minibatch.mean(s) * minibatch.ranks**0.5  # one sum over all ranks' examples
             q = q + s @ s.T / (size * draws)
         minibatch.count(TANGENT * size / minibatch.size)
         return q + _penalty(minibatch, directions)
 
-    def _rows(self, minibatch: Minibatch, trace: Trace) -> Tensor | None:
-        """The examples that are paired; None: all. Drawn, because the order of a full batch may carry meaning."""
-        m = minibatch.size
+    def _rows(self, minibatch: Minibatch, trace: Trace) -> tuple[Tensor | None, float]:
+        """The examples that are paired (None: all), and how many that are by process.
+
+        Drawn, because the order of a full batch may carry meaning; of the whole batch, so that processes pair the
+        examples that one would, not each as many.
+        """
+        m = minibatch.size * minibatch.ranks
         count = min(m, max(self.FEWEST, math.ceil(self.share * m)))
         if count == m:
-            return None
-        return torch.randperm(m, generator=minibatch.objective.generator, device=trace.outputs.device)[:count]
+            return None, minibatch.size
+        chosen = torch.randperm(m, generator=minibatch.objective.generator, device=trace.outputs.device)[:count]
+        return minibatch.own(chosen), count / minibatch.ranks
 
 
 class RandomSignHessian:

@@ -163,8 +163,11 @@ class NormalisationLayer(Layer):
         norm = self.module
         if not norm.training and norm.running_mean is not None:
             return norm.running_mean, norm.running_var
-        if hasattr(output.grad_fn, "_saved_result2"):  # kept for backward; finding them anew is most of a BatchNorm
-            return output.grad_fn._saved_result1, output.grad_fn._saved_result2.pow(-2) - norm.eps
+        kept = output.grad_fn  # for backward; finding them anew is most of a BatchNorm
+        if getattr(kept, "_saved_training", True) is False:  # given to it: those of all processes' examples
+            return kept._saved_running_mean, kept._saved_running_var
+        if hasattr(kept, "_saved_result2"):
+            return kept._saved_result1, kept._saved_result2.pow(-2) - norm.eps
         variance, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
         return mean, variance
 

@@ -124,6 +124,10 @@ class Minibatch:
         """The mean over all processes of what each has measured on its part of the batch."""
         return part
 
+    def own(self, index: Tensor) -> Tensor:
+        """Those of the whole batch's examples that this process has, by their place in its part."""
+        return index
+
     @property
     def mixing(self) -> bool:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""

@@ -14,10 +14,10 @@ equal on all of them:
 * the gradient's noise ``e``, which is linear in the examples: one more exchange of the size of the gradient, when it is
   measured.
 
-Labels and signs are drawn for the whole batch, on all ranks from generators in the same state, so that every example
-gets what it would get on one process, and the step is the same but for rounding. The models must start equal on all
-ranks. BatchNorm sees a rank's own part, unless ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` was applied, which
-torch has for CUDA alone; dropout draws its masks on each rank.
+Labels, signs and the examples that curvature pairs are drawn for the whole batch, on all ranks from generators in the
+same state, so that every example gets what it would get on one process; BatchNorm takes its statistics over the whole
+batch (``SharedBatchNorm``, put in the model's place of each). So the step is the one of one process but for rounding.
+The models must start equal on all ranks. Dropout draws its masks on each rank.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from optimizers.layers import Trace
 from optimizers.objective import Minibatch, Objective
 
 
 class DataParallel(Objective):
-    """An objective on one rank of the default process group; see ``Objective`` for the arguments."""
+    """An objective on one rank of the default process group; see ``Objective`` for the arguments.
+
+    The model's BatchNorm modules are replaced in it by ``SharedBatchNorm``, with the same parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module, *arguments, **settings) -> None:
+        super().__init__(model, *arguments, **settings)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    setattr(module, name, SharedBatchNorm.of(child))
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Shard:
         """This rank's part of a minibatch; all ranks must have as many examples.
@@ -54,9 +66,11 @@ class Shard(Minibatch):
         return dist.get_world_size()
 
     def mean(self, part: Tensor) -> Tensor:
-        whole = part.clone()
-        dist.all_reduce(whole)
-        return whole.div_(self.ranks)
+        return mean(part)
+
+    def own(self, index: Tensor) -> Tensor:
+        index = index - self.size * dist.get_rank()
+        return index[(index >= 0) & (index < self.size)]
 
     def __call__(self) -> Tensor:
         return self._exchange(super().__call__())
@@ -86,3 +100,78 @@ class Shard(Minibatch):
 
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks)[dist.get_rank()]
+
+
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    r"""BatchNorm over the examples of all ranks, of which each has as many, on any device.
+
+    The statistics are those of the whole batch, ``μ = ⟨x⟩`` and ``v = ⟨(x − μ)²⟩``, and so is the derivative: with ``g
+    = ∂L/∂x`` at fixed ``μ, v`` and ``x̂ = (x − μ)/√(v + ε)`` it is ``g − ⟨g⟩ − x̂ ⟨g x̂⟩``. One exchange of ``2C``
+    numbers each way. It can be differentiated once: the estimators of ``optimizers.curvature`` that differentiate a
+    gradient again are refused by autograd. In evaluation mode it is BatchNorm.
+    """
+
+    @classmethod
+    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> SharedBatchNorm:
+        """The same module otherwise: with its parameters, buffers, settings and hooks."""
+        shared = cls(norm.num_features, device="meta")
+        shared.__dict__.update(norm.__dict__)
+        return shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        mean, variance = _statistics(x.detach())
+        if self.track_running_stats and self.running_mean is not None:
+            self._follow(mean, variance, x.numel() // x.shape[1] * dist.get_world_size())
+        x = _OfTheWholeBatch.apply(x, mean, variance, self.eps)
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """The running statistics; of the variance, the unbiased estimate."""
+        self.num_batches_tracked += 1
+        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions."""
+
+
+class _OfTheWholeBatch(torch.autograd.Function):
+    """The identity on the input of a normalisation with fixed statistics; backward adds what moves through these."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, mean, variance)
+        ctx.eps = eps
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        x, centre, variance = ctx.saved_tensors
+        normal = F.batch_norm(x, centre, variance, eps=ctx.eps)
+        over = (0, *range(2, x.dim()))
+        moments = torch.stack([part.mean(over, dtype=centre.dtype) for part in (g, g * normal)])
+        first, second = mean(moments).to(g.dtype).view(2, -1, *[1] * (x.dim() - 2))
+        return (g - first).addcmul_(normal, second, value=-1), None, None, None
+
+
+def mean(part: Tensor) -> Tensor:
+    """The mean over all ranks."""
+    whole = part.clone()
+    dist.all_reduce(whole)
+    return whole.div_(dist.get_world_size())
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel ``(C,)`` over all ranks' examples, in no less than single precision."""
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    own = torch.stack(torch.var_mean(x, (0, *range(2, x.dim())), correction=0))
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    variances, means = torch.stack(parts).unbind(1)
+    centre = means.mean(0)
+    return centre, (variances + (means - centre).square()).mean(0)  # not E x² − μ², which cancels

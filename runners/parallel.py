@@ -1,9 +1,9 @@
 """One run on many processes, each with an equal part of every batch: `torchrun --nproc_per_node=N -m runners.train …`.
 
-All ranks build the same model and the same batches, take their part of each (`optimizers.parallel`), and decide
-together when to evaluate, checkpoint and stop. Rank 0 owns the run and writes its record; the others write theirs,
-which are the same, to a folder that goes. `ranks` is part of a run's identity: results agree to rounding, not to the
-bit.
+All ranks build the same model, load their part of the same batches, step together (`optimizers.parallel`), evaluate a
+share of the examples each, and decide together when to evaluate, checkpoint and stop. Rank 0 owns the run and writes
+its record; the others write theirs, which are the same, to a folder that goes. `ranks` is part of a run's identity:
+results agree to rounding, not to the bit.
 
 Dropout draws its masks on each rank, after an interruption from rank 0's state: there a resumed run is another draw.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from data.batches import Batch
+from data.batches import Split
 from optimizers.parallel import DataParallel
 from runners import record
 from runners.claim import claim
@@ -94,6 +94,7 @@ class SharedTrainer(Trainer):
     objective_type = DataParallel
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.share = dist.get_rank(), dist.get_world_size()
         super().__init__(cfg, folder)
         rest = 0 if cfg.task.drop_last else len(self.dataset.train) % cfg.task.batch_size
         if rest % cfg.ranks:
@@ -107,12 +108,13 @@ class SharedTrainer(Trainer):
     def _checkpoint_due(self) -> bool:
         return _agreed(super()._checkpoint_due())
 
-    def _next_batch(self) -> Batch:
-        whole = super()._next_batch()
-        size = len(whole.targets) // dist.get_world_size()
-        mine = slice(size * dist.get_rank(), size * (dist.get_rank() + 1))
-        return Batch(tuple(x[mine] for x in whole.inputs), whole.targets[mine], None)
+    def _measure(self, split: Split) -> list[float]:
+        """Each rank measures its share of the examples."""
+        mine = split.take(slice(self.share[0], None, self.share[1]))
+        total = torch.tensor(super()._measure(mine), dtype=torch.float64) * len(mine)
+        dist.all_reduce(total)
+        return (total / len(split)).tolist()
 
     def _watch(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Nothing that one rank alone would notice; BatchNorm's statistics of the whole batch, where torch has them."""
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.device.type == "cuda" else model
+        """Nothing that one rank alone would notice."""
+        return model

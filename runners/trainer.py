@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import Batch, Batches, Dataset
+from data.batches import Batch, Batches, Dataset, Split
 from optimizers import Objective
 from runners import checkpoint, record
 from runners.claim import claim
@@ -78,6 +78,7 @@ class Trainer:
     """
 
     objective_type = Objective
+    share = (0, 1)  # of each batch: rank and ranks
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self.cfg, self.folder = cfg, folder
@@ -173,9 +174,9 @@ class Trainer:
         """
         self.memory.start()
         self.clock.start()
-        batch = None
         try:
             while True:
+                batch = None  # without one, an error is the data's
                 batch = self._next_batch()
                 self.losses.append(self.optimizer.step(self.objective(*batch)))
                 self.step += 1
@@ -223,11 +224,9 @@ class Trainer:
     # Batches ----------------------------------------------------------------------------------------------------------
 
     def _open_epoch(self, skip: int = 0) -> None:
-        """Begin an epoch of batches; replay its first `skip` ones, so that the generators stand where they stood."""
+        """Begin an epoch of batches, of which `skip` are behind us."""
         self.epoch_start = self._order_state()
-        self.epoch: Iterator[Batch] = iter(self.batches)
-        for _ in range(skip):
-            next(self.epoch)
+        self.epoch: Iterator[Batch] = self.batches.epoch(skip)
 
     def _next_batch(self) -> Batch:
         batch = next(self.epoch, None)
@@ -265,16 +264,17 @@ class Trainer:
             "train_seconds": self.clock.seconds,
             "gradient_equivalents": self.objective.gradient_equivalents,
         }
-        splits = {"train": self.dataset.train, "val": self.dataset.validation, "test": self.dataset.test}
+        splits = {"train": self.dataset.measured, "val": self.dataset.validation, "test": self.dataset.test}
         set_mode("eval", self.model, self.optimizer)
-        measured = {
-            name: measure(self.model, self.likelihood, split, self.batches.batch_size) if split else (None, None)
-            for name, split in splits.items()
-        }
+        measured = {name: self._measure(split) if split else (None, None) for name, split in splits.items()}
         set_mode("train", self.model, self.optimizer)
         row |= {f"{name}_loss": loss for name, (loss, _) in measured.items()}
         row |= {f"{name}_{self.likelihood.metric_name}": measured[name][1] for name in ("val", "test")}
         return row
+
+    def _measure(self, split: Split) -> list[float]:
+        """Mean loss and mean metric."""
+        return measure(self.model, self.likelihood, split, self.batches.batch_size)
 
     def _loss_is_finite(self, batch: Batch) -> bool:
         with contextlib.suppress(NotFinite):
@@ -303,7 +303,7 @@ class Trainer:
         return dataset.to(self.device, getattr(torch, cfg.task.dtype))
 
     def _generators(self) -> dict[str, torch.Generator]:
-        devices = {"order": "cpu", "augmentation": self.device, "labels": self.device}
+        devices = {"order": "cpu", "augmentation": self.dataset.train.device, "labels": self.device}
         seed = self.cfg.seed
         return {name: torch.Generator(at).manual_seed(stream_seed(seed, name)) for name, at in devices.items()}
 
@@ -317,6 +317,7 @@ class Trainer:
             augment=self.dataset.augment,
             generator=generators["order"],
             augment_generator=generators["augmentation"],
+            share=self.share,
         )
 
     def _build(self, generators: dict[str, torch.Generator]):

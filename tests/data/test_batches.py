@@ -78,15 +78,54 @@ def test_an_autoencoders_target_is_its_input_and_not_a_copy():
         assert batch.targets is batch.inputs[0]
 
 
-def test_augmentation_sees_the_first_input_and_its_generator():
-    generator = seeded()
+class Shift:
+    """Adds what it has drawn."""
 
-    def augment(images, given):
-        assert given is generator
-        return images + 100
+    def draw(self, m, generator):
+        return torch.randint(100, (m,), generator=generator)
 
-    batches = Batches(numbered(), 5, shuffle=False, drop_last=False, augment=augment, augment_generator=generator)
-    assert torch.equal(next(iter(batches)).inputs[0].flatten(), torch.arange(100.0, 105.0))
+    def __call__(self, examples, draws):
+        return examples + draws.view(-1, 1)
+
+
+def shifted(generator, **settings):
+    return Batches(
+        numbered(), 4, drop_last=False, augment=Shift(), generator=generator, augment_generator=generator, **settings
+    )
+
+
+def test_augmentation_sees_the_first_input_and_what_was_drawn_for_it():
+    draws = torch.randint(100, (4,), generator=seeded())
+    batch = next(iter(shifted(seeded(), shuffle=False)))
+    assert torch.equal(batch.inputs[0].flatten(), torch.arange(4) + draws)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_goes_on_in_its_middle_to_the_same_batches(shuffle):
+    whole, part = seeded(), seeded()
+    expected = list(shifted(whole, shuffle=shuffle))[1:]
+    for batch, other in zip(shifted(part, shuffle=shuffle).epoch(1), expected, strict=True):
+        assert torch.equal(batch.inputs[0], other.inputs[0])
+    assert torch.equal(whole.get_state(), part.get_state())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_have_equal_parts_of_every_batch(shuffle):
+    whole = shifted(seeded(), shuffle=shuffle)
+    shares = [shifted(seeded(), shuffle=shuffle, share=(rank, 2)) for rank in (0, 1)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert len({len(part.targets) for part in parts}) == 1
+        assert torch.equal(torch.cat([part.inputs[0] for part in parts]), batch.inputs[0])
+        assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+
+
+@pytest.mark.parametrize(("evaluated", "expected"), [(None, 10), (3, [0, 3, 6]), (11, 10)])
+def test_the_training_loss_is_of_as_many_examples_as_asked_for(evaluated, expected):
+    whole = Dataset(numbered(), numbered(4), None, None, None, "numbers", evaluated)
+    if isinstance(expected, list):
+        assert whole.measured.targets.tolist() == expected
+    else:
+        assert whole.measured is whole.train
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 11])

@@ -14,24 +14,28 @@ from optimizers.curvature import SampledFisher
 from optimizers.parallel import DataParallel
 from tests.optimizers import cases
 
-RANKS, EXAMPLES, STEPS, POPULATION = 4, 24, 12, 100
+EXAMPLES, STEPS, POPULATION = 64, 8, 100
 FORK = multiprocessing.get_context("fork")
 SHARING = ("sgdm", "adamw", "lw_sgdm", "lw_adamw", "prodigy", "lamb")
 
 
 def network(dtype):
-    """A convolutional network without BatchNorm, which would see other batches."""
+    """Two convolutions with BatchNorm, as the digits' task has, and a hidden layer.
+
+    No bias before a BatchNorm: its gradient is nothing but rounding.
+    """
     torch.manual_seed(2)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)
-    ).to(dtype)
+        nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3),
+    ).to(dtype)  # fmt: skip
 
 
-def train(name, likelihood, objective_type, rank=0, ranks=1):
+def train(name, likelihood, objective_type, rank=0, ranks=1, **settings):
     """Losses and final weights, in double precision, so that rounding does not grow to anything in a few steps."""
     model = network(torch.float64)
-    extra = {"curvature": SampledFisher(share=1.0), "noise_every": 2} if name.startswith("lw_") else {}
-    optimizer = cases.build(name, model.parameters(), **extra)
+    optimizer = cases.build(name, model.parameters(), **settings)
     generator = torch.Generator().manual_seed(5)
     objective = objective_type(model, likelihood, generator, POPULATION)
     x, y = cases.small_batch(torch.float64, EXAMPLES)
@@ -39,10 +43,10 @@ def train(name, likelihood, objective_type, rank=0, ranks=1):
         y = nn.functional.one_hot(y, 3).double()
     part = slice(rank * EXAMPLES // ranks, (rank + 1) * EXAMPLES // ranks)
     losses = [torch.as_tensor(optimizer.step(objective(x[part], y[part]))) for _ in range(STEPS)]
-    return torch.stack(losses), [p.detach().clone() for p in model.parameters()]
+    return torch.stack(losses), model.state_dict(), objective.gradient_equivalents
 
 
-def together(work, tmp_path, ranks=RANKS):
+def together(work, tmp_path, ranks=4):
     """What `work(rank, ranks)` returns on every rank."""
 
     def process(rank):
@@ -62,20 +66,88 @@ def together(work, tmp_path, ranks=RANKS):
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
 
 
+def assert_same_steps(name, tmp_path, ranks=4, likelihood=None, **settings):
+    likelihood = likelihood or Categorical()
+    losses, weights, work = train(name, likelihood, Objective, **settings)
+    for other in together(partial(train, name, likelihood, DataParallel, **settings), tmp_path, ranks):
+        torch.testing.assert_close(other[0], losses, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(other[1], weights, rtol=1e-6, atol=1e-9)
+        assert other[2] == pytest.approx(work)
+    return losses
+
+
 @pytest.mark.parametrize("name", SHARING)
 def test_four_ranks_take_the_steps_of_one(name, tmp_path):
-    losses, weights = train(name, Categorical(), Objective)
-    for other_losses, other_weights in together(partial(train, name, Categorical(), DataParallel), tmp_path):
-        torch.testing.assert_close(other_losses, losses, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(other_weights, weights, rtol=1e-6, atol=1e-9)
+    losses = assert_same_steps(name, tmp_path)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["sgdm", "lw_sgdm", "lw_adamw"])
+def test_two_ranks_take_the_steps_of_one(name, tmp_path):
+    assert_same_steps(name, tmp_path, ranks=2)
+
+
+def test_ranks_may_have_none_of_the_examples_that_are_paired(tmp_path, monkeypatch):
+    monkeypatch.setattr(SampledFisher, "FEWEST", 2)
+    assert_same_steps("lw_sgdm", tmp_path, curvature=SampledFisher(share=0.04), noise_every=2)
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), Scaled(Gaussian(), 3.0)])
 def test_labels_of_every_likelihood_are_drawn_alike(likelihood, tmp_path):
-    losses, _ = train("lw_sgdm", likelihood, Objective)
-    for other_losses, _ in together(partial(train, "lw_sgdm", likelihood, DataParallel), tmp_path, ranks=2):
-        torch.testing.assert_close(other_losses, losses, rtol=1e-8, atol=1e-10)
+    assert_same_steps("lw_sgdm", tmp_path, ranks=2, likelihood=likelihood)
+
+
+def test_layers_with_another_number_of_rows_than_examples_are_paired_over_all_ranks(tmp_path, monkeypatch):
+    def patches(dtype):
+        torch.manual_seed(2)
+        rows = nn.Sequential(nn.Unflatten(1, (4, 16)), nn.Flatten(0, 1), nn.Linear(16, 8), nn.ReLU())
+        return nn.Sequential(nn.Flatten(), rows, nn.Unflatten(0, (-1, 4)), nn.Flatten(), nn.Linear(32, 3)).to(dtype)
+
+    monkeypatch.setitem(globals(), "network", patches)
+    assert_same_steps("lw_sgdm", tmp_path, ranks=2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 6, 7)])
+def test_the_batch_norm_of_all_ranks_is_the_one_of_the_whole_batch(momentum, shape, tmp_path):
+    """Output, derivatives, and running statistics after two batches, far from zero mean."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 + 30
+
+    def work(convert, rank=0, ranks=1):
+        norm = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+        model = convert(nn.Sequential(norm(5, momentum=momentum).double()))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.arange(5.0) - 2)  # a zero and negative ones among them
+        part = x.chunk(ranks)[rank].clone().requires_grad_()
+        model(part + 1)
+        z = model(part)
+        (z * part.detach().sin()).sum().backward()
+        return z.detach(), part.grad, model[0].weight.grad, model[0].bias.grad, model.state_dict()
+
+    z, derivative, *gradients, state = work(lambda model: model)
+    parts = together(partial(work, lambda model: DataParallel(model, Categorical()).model), tmp_path)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), z, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts]), derivative, rtol=1e-9, atol=1e-9)
+    for i, gradient in enumerate(gradients, start=2):
+        torch.testing.assert_close(sum(part[i] for part in parts), gradient, rtol=1e-9, atol=1e-9)
+    for part in parts:
+        torch.testing.assert_close(part[4], state, rtol=1e-10, atol=1e-10)
+
+
+def test_a_shared_batch_norm_under_autocast_and_differentiated_twice(tmp_path):
+    def work(rank, ranks):
+        model = DataParallel(network(torch.float32), Categorical()).model
+        x, _ = cases.small_batch(examples=16)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(x)
+        (gradient,) = torch.autograd.grad(outputs.float().logsumexp(1).sum(), model[0].weight, create_graph=True)
+        assert gradient.isfinite().all()
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+        return model[1].running_mean
+
+    first, other = together(work, tmp_path, ranks=2)
+    torch.testing.assert_close(first, other, rtol=0, atol=0)
 
 
 def test_ranks_stay_equal_whatever_share_of_the_batch_is_paired(tmp_path):
