@@ -24,7 +24,7 @@ def test_a_node_is_killed_and_the_results_are_whole(tmp_path):
     assert alone.wait(600) == 0, alone.stderr.read()
     isolated = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     inside = [sys.executable, "-m", "tests.cluster.test_ray", str(tmp_path / "cluster")]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     done = subprocess.run([*isolated, *inside], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
