@@ -6,6 +6,7 @@ Ray listens on every interface whatever it is told, so it all runs in a network 
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,8 +25,12 @@ def test_a_node_is_killed_and_the_results_are_whole(tmp_path):
     assert alone.wait(600) == 0, alone.stderr.read()
     isolated = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
     inside = [sys.executable, "-m", "tests.cluster.test_ray", str(tmp_path / "cluster")]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    done = subprocess.run([*isolated, *inside], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    with tempfile.TemporaryDirectory(prefix="ray-") as place:  # else Ray leaves there which cluster to join by default
+        settings = {"AUTH_MODE": "disabled", "USAGE_STATS_ENABLED": "0", "worker_niceness": "0", "TMPDIR": place}
+        environment = os.environ | {f"RAY_{name}": value for name, value in settings.items()}
+        done = subprocess.run(
+            [*isolated, *inside], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     assert outcome(tmp_path / "cluster") == outcome(tmp_path / "alone")
