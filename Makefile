@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test reproduce-paper figure report bench wandb-view wandb-sync wandb-dashboard lint lock clean test-cluster
+.PHONY: help setup test reproduce-paper figure report reference bench wandb-view wandb-sync wandb-dashboard lint lock clean test-cluster
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|cpu|
 figure: setup  ## Make what one figure of docs/figures.md needs, and draw it (N=1..11, PROFILE=quick|cpu|paper)
 	@$(BIN)/python -m runners.reproduce experiment=figure_$(N) profile=$(PROFILE) launcher=$(LAUNCHER) $(ARGS)
 
-report: setup  ## Make the report of a profile's records again (PROFILE=quick|cpu|paper)
-	@$(BIN)/python -m analysis.report results/$(PROFILE)
+report: setup  ## Make the report of a profile's records again, of the committed ones where there are no others (PROFILE=quick|cpu|paper)
+	@$(BIN)/python -m analysis.report $(firstword $(wildcard results/$(PROFILE)/runs/.. results/reference/$(PROFILE)) results/$(PROFILE))
+
+reference: setup  ## Keep a profile's records and report in results/reference, to be committed (PROFILE=quick|cpu|paper)
+	@$(BIN)/python -m analysis.reference results/$(PROFILE) results/reference/$(PROFILE)
 
 bench: setup  ## Time and memory of every method's step beside SGD-m's (ARGS='workloads=[gcn_cora] seconds=60')
 	@$(BIN)/python -m runners.bench $(ARGS)

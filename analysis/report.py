@@ -59,13 +59,14 @@ def build(root: Path | str, out: Path | str | None = None) -> Path:
     try:
         fresh.chmod(0o755)
         write(records, fresh)
-        _replace(out, fresh)
+        replace_folder(out, fresh)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return out / "index.html"
 
 
-def _replace(out: Path, fresh: Path) -> None:
+def replace_folder(out: Path, fresh: Path) -> None:
+    """Put the folder `fresh` in the place of `out`, which is gone as soon as the new one is there."""
     if not out.exists():
         fresh.rename(out)
         return

@@ -12,7 +12,8 @@ fixed, the model is
 
 with ``C`` the Gauss–Newton matrix, and the step sizes are
 
-    α_l = σ̃ · c · t_l / ‖d_l‖,     t_l = max(ρ̄_l, κ ρ̄ᵖ_l) / K̄_ll,     c = min(1, ρ̄ᵀt / tᵀK̄t),
+    α_l = σ̃ · c · u_l / ‖d_l‖,     u_l = t_l^{p_l} (a ‖d_l‖)^{1−p_l},     c = ρ̄ᵀu / uᵀK̄u,
+    t_l = max(ρ̄_l, κ ρ̄ᵖ_l) / K̄_ll,     a = ρ̄ᵀ‖d‖ / ‖d‖ᵀK̄‖d‖,
 
 where ``ρ̄ᵖ``, ``ρ̄`` are averages of the slopes per unit of length, ``ρ_l / ‖d_l‖``, before and after the correction for
 noise below, and ``K̄`` averages ``Q_kl / (‖d_k‖‖d_l‖)``. Numerators and denominators are averaged apart, because the
@@ -27,18 +28,28 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
 noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
-measured every ``noise_every`` steps.
+measured every ``noise_every`` steps. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+
+**Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
+along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
+degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. Layers of little
+curvature and noisy slope, such as BatchNorm's, otherwise take steps a hundred times too long in the long run. SGD's
+direction wants ``ω = 1``; Adam's, which has brought the layers to one scale already, a small one.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
-long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s`` with
-``s = ρ̄ᵀt / ρ̄ᵖᵀt`` in [0, 1], the share of the measured slope that is not noise.
+long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s²`` with
+``s = ρ̄ᵀu / ρ̄ᵖᵀu`` in [0, 1], the share of the whole step's slope that is not noise.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ s_l² ‖θ_l‖``, with the layer's own share of
-signal ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``: where a layer's slope is mostly noise, so is a long step (a BatchNorm CNN
-wants a third of an autoencoder's trust). Step sizes start at ``1/warmup`` of their value and grow by a factor of at
-most ``growth`` from step to step, because curvature rises while steps grow and its average lags behind. They may fall
-at any pace, and after a fall regain half of their last ceiling at once.
+autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes with
+the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature are next
+to nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at
+``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step, because curvature rises while
+steps grow and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at
+once.
+
+**Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
+there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
 
 ======  ===============  ============================================================================================
 symbol  argument         meaning
@@ -46,8 +57,10 @@ symbol  argument         meaning
 ``σ``   ``sigma``        dimensionless, not a learning rate. It is the groups' ``lr`` at first, and what a scheduler
                          makes of that scales the steps in proportion
 –       ``averaging``    weight of the past in the averages
+``ω``   ``own``          weight of a layer's own minimiser against the common one, where its slope is all signal
 ``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good, and
                          where nearly all slope is noise, the step of the plain slope at a fifth of σ = 1 is safe
+``χ``   ``caution``      how fast trust shrinks with a layer's share of signal
 ``τ``   ``trust``        longest step of a layer, relative to its weights
 ======  ===============  ============================================================================================
 """
@@ -74,6 +87,8 @@ class Layerwise(LayeredOptimizer):
         sigma: ``σ`` > 0.
         trust: ``τ`` > 0.
         averaging: in [0, 1).
+        own: ``ω`` in [0, 1].
+        caution: ``χ`` ≥ 0.
         floor: ``κ`` in (0, 1].
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from step to step, above 1.
@@ -95,6 +110,8 @@ class Layerwise(LayeredOptimizer):
         sigma: float,
         trust: float,
         averaging: float = 0.95,
+        own: float = 1.0,
+        caution: float = 0.0,
         floor: float = 0.2,
         warmup: int = 20,
         growth: float = 1.1,
@@ -104,6 +121,8 @@ class Layerwise(LayeredOptimizer):
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
+        check(0 <= own <= 1, "own", own, "in [0, 1]")
+        check(caution >= 0, "caution", caution, "at least 0")
         check(0 < floor <= 1, "floor", floor, "in (0, 1]")
         check(trust > 0, "trust", trust, "positive")
         check(warmup >= 1, "warmup", warmup, "at least 1")
@@ -113,7 +132,8 @@ class Layerwise(LayeredOptimizer):
         check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.noise_every, self.trust, self.sigma = every, noise_every, trust, sigma
+        self.every, self.noise_every, self.sigma = every, noise_every, sigma
+        self.own, self.trust, self.caution = own, trust, caution
         self.curvature = SampledFisher() if curvature is None else curvature
 
     @torch.no_grad()
@@ -218,18 +238,20 @@ class Layerwise(LayeredOptimizer):
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
 
     def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
-        """The module's formulas, from averages that carry the same bias: in ``t``, ``c`` and ``s`` it cancels."""
+        """The module's formulas, from averages that carry the same bias: in ``t``, ``a``, ``c`` and ``s`` it cancels."""
         tiny = torch.finfo(per_length.dtype).tiny
         measured, curvature = search["slope"], search["curvature"]
         slope = measured - (1 - self.averaging ** search["measured"]) * search["noise"]
         slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
-        t = slope / curvature.diagonal().clamp_min(tiny)
-        promised = slope @ t
-        joint = (promised / (t @ curvature @ t).clamp_min(tiny)).clamp_max(1)
-        search["signal"] = (promised / (measured @ t).clamp_min(tiny)).clamp_max(1)
-        sizes = joint * t * per_length * min(1.0, search["measured"] / self.warmup)
-        sizes = torch.minimum(sizes, self.trust * share.square() * self._weight_norms() * per_length)
+        own = slope / curvature.diagonal().clamp_min(tiny)
+        common = _minimiser(slope, curvature, 1 / per_length) / per_length
+        weight = self.own * share.square()
+        u = own.pow(weight) * common.pow(1 - weight)
+        joint = _minimiser(slope, curvature, u)
+        search["signal"] = (slope @ u / (measured @ u).clamp_min(tiny)).clamp_max(1)
+        sizes = joint * u * per_length * min(1.0, search["measured"] / self.warmup)
+        sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
         if "ceiling" in search:
             sizes = torch.minimum(sizes, search["ceiling"])
             # half the last ceiling at least: a step that fell to zero must be able to grow again
@@ -245,9 +267,15 @@ class Layerwise(LayeredOptimizer):
 
     def _step_sizes(self, search: dict) -> Tensor:
         """``α``, scaled by what a scheduler or a group of parameters has made of its ``lr``, which began as ``σ``."""
-        sizes = search["step_size"] * (1 + (self.sigma - 1) * search["signal"])
+        sizes = search["step_size"] * (1 + (self.sigma - 1) * search["signal"].square())
         scale = [self.group(layer.parameters[0])["lr"] / self.sigma for layer in self._layers]
         return sizes * torch.as_tensor(scale, dtype=sizes.dtype).to(sizes.device, non_blocking=True)
+
+
+def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
+    """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
+    along = lengths @ curvature @ lengths
+    return torch.where(along > 0, slope @ lengths / along, 1.0)
 
 
 class LWSGDm(Layerwise):
@@ -312,6 +340,8 @@ class LWAdamW(Layerwise):
         weight_decay: ``w`` ≥ 0.
         sigma: ``σ``; see ``Layerwise``.
         trust: ``τ``; see ``Layerwise``.
+        own: ``ω``; see ``Layerwise``.
+        caution: ``χ``; see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -321,15 +351,17 @@ class LWAdamW(Layerwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        sigma: float = 1.8,
+        sigma: float = 2.0,
         trust: float = 0.1,
+        own: float = 0.1,
+        caution: float = 2.0,
         **search,
     ) -> None:
         betas = tuple(betas)
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, sigma=sigma, trust=trust, **search)
+        super().__init__(params, defaults, sigma=sigma, trust=trust, own=own, caution=caution, **search)
 
     def _directions(self) -> Directions:
         return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}

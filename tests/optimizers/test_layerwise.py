@@ -40,8 +40,8 @@ def test_joint_factor_makes_simultaneous_steps_one_line_search():
     d = {layer: [p.grad.clone() for p in layer.parameters] for layer in objective.layers}
     q = ExactGaussNewton()(minibatch, minibatch.trace(), d).detach()
     rho = torch.stack([sum((g * g).sum() for g in gs) for gs in d.values()])
-    alone = rho / q.diagonal()
-    expected = alone * min(1.0, float(rho @ alone / (alone @ q @ alone)))
+    alone = rho / q.diagonal()  # without noise every layer takes its own
+    expected = alone * (rho @ alone / (alone @ q @ alone))
     optimizer = LWSGDm(model.parameters(), curvature=ExactGaussNewton(), **GREEDY)
     optimizer.step(minibatch)
     sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
@@ -53,8 +53,8 @@ def perceptron():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)).double()
 
 
-def train(method, model, likelihood, steps=25, **options):
-    objective = Objective(model, likelihood, torch.Generator().manual_seed(1), population=100)
+def train(method, model, likelihood, steps=25, population=100, **options):
+    objective = Objective(model, likelihood, torch.Generator().manual_seed(1), population=population)
     optimizer = method(model.parameters(), **options)
     x, y = small_batch(torch.float64)
     return torch.stack([optimizer.step(objective(x, y)) for _ in range(steps)])
@@ -70,20 +70,22 @@ def test_scaling_the_likelihood_changes_nothing(method):
 
 
 @BOTH
-def test_moving_scale_from_layer_to_layer_changes_nothing(method):
+def test_moving_scale_from_layer_to_layer_changes_nothing_without_noise(method):
     """A bias-free ReLU pair (W, V) and (cW, V/c) is the same function; the layers' steps scale along, exactly.
 
     Under W → cW gradient and curvature become g/c and H/c², so the greedy step of SGD's direction becomes c times the
-    old one. AdamW's direction does not see the factor (up to ε) and the step size carries it. Decay would see it.
+    old one. AdamW's direction does not see the factor (up to ε) and the step size carries it. Decay would see it, and
+    so would the common step size that layers are drawn to: hence a full batch, and every layer its own.
     """
-    options = {"eps": 1e-30} if method is LWAdamW else {}
+    options = {"own": 1.0} | ({"eps": 1e-30} if method is LWAdamW else {})
     losses = []
     for c in (1.0, 16.0):
         model = perceptron()
         with torch.no_grad():
             model[1].weight.mul_(c)
             model[3].weight.div_(c)
-        losses.append(train(method, model, Categorical(), **options))
+        population = len(small_batch()[1])
+        losses.append(train(method, model, Categorical(), population=population, **options))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
 
 
@@ -153,6 +155,29 @@ def test_no_step_is_zero_for_good(method):
         optimizer.step(objective(x, torch.randint(0, 3, (len(x),), generator=generator)))
     sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
     assert (sizes > 0).all()
+
+
+@pytest.mark.parametrize("own", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("signal", [1.0, 0.5, 0.2])
+def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
+    """Slopes alike and curvatures from 1 to 100: the layers' step sizes spread as 100 to the power ω s²."""
+    model = small_network()
+    optimizer = LWSGDm(model.parameters(), own=own, averaging=0.0, trust=1e9, growth=1e9, warmup=1)
+    optimizer.step(small_objective(model)(*small_batch()))
+    search = optimizer._search
+    search["slope"] = torch.ones(len(optimizer._layers))
+    search["noise"] = (1 - signal) * search["slope"]
+    search["curvature"] = torch.diag(torch.logspace(0, 2, len(optimizer._layers)))
+    optimizer._search_step_sizes(search, per_length=torch.ones(len(optimizer._layers)))
+    sizes = search["step_size"].detach()
+    assert sizes[0] / sizes[-1] == pytest.approx(100 ** (own * signal**2), rel=1e-4)
+    at = _model(sizes, search)
+    assert at < min(_model(1.01 * sizes, search), _model(0.99 * sizes, search))  # their joint scale minimises the model
+
+
+def _model(sizes, search):
+    slope = search["slope"] - search["noise"]
+    return -slope @ sizes + sizes @ search["curvature"] @ sizes / 2
 
 
 @BOTH

@@ -1,0 +1,49 @@
+"""Records that are kept with the project: what is copied, and that the committed tables are those of the records."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from make_records import METHODS, write_records, write_run
+
+from analysis import reference, report
+
+COMMITTED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "reference").glob("*/runs"))
+
+
+def test_settled_records_are_kept_and_nothing_else(tmp_path):
+    source, target = write_records(tmp_path / "results" / "test", tasks=["gcn_sbm"]), tmp_path / "reference" / "test"
+    failed = write_run(source, "gcn_sbm", "sgd", 1, METHODS["sgdm"], status="failed")
+    run = next((source / "runs").glob("gcn_sbm/sgdm/*"))
+    (run / "checkpoint-100.pt").write_bytes(b"weights")
+    (source.parent / "bench" / "cpu").mkdir(parents=True)
+    (source.parent / "bench" / "cpu" / "context.csv").write_text("device\n")
+    (target / "runs").mkdir(parents=True)
+    (target / "runs" / "of an earlier day").touch()
+
+    assert reference.keep(source, target) == target / "report" / "index.html"
+    kept = target / run.relative_to(source)
+    assert (kept / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    assert not list(target.rglob("checkpoint*"))
+    assert not (target / "runs" / failed).exists()
+    assert not (target / "runs" / "of an earlier day").exists()
+    assert (target.parent / "bench" / "cpu" / "context.csv").exists()
+    assert sorted(path.name for path in target.parent.iterdir()) == ["bench", "test"]
+
+
+def test_a_folder_without_runs_replaces_nothing(tmp_path):
+    (tmp_path / "reference").mkdir()
+    with pytest.raises(FileNotFoundError, match="no finished runs in .*; type make reproduce-paper PROFILE=cpu"):
+        reference.keep(tmp_path / "cpu", tmp_path / "reference")
+    assert (tmp_path / "reference").exists()
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_tables_are_those_of_the_committed_records(folder, tmp_path):
+    root = tmp_path / "reference" / folder.name
+    shutil.copytree(folder, root, ignore=shutil.ignore_patterns("report"))
+    if (folder.parent / "bench").exists():
+        shutil.copytree(folder.parent / "bench", root.parent / "bench")
+    rebuilt = report.build(root).parent
+    for path in [*sorted((folder / "report" / "tables").glob("*.csv")), folder / "report" / "claims.json"]:
+        assert path.read_text() == (rebuilt / path.relative_to(folder / "report")).read_text(), path.name
