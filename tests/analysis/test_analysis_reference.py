@@ -33,7 +33,7 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
 
 def test_a_folder_without_runs_replaces_nothing(tmp_path):
     (tmp_path / "reference").mkdir()
-    with pytest.raises(FileNotFoundError, match="no finished runs in .*; type make reproduce-paper PROFILE=cpu"):
+    with pytest.raises(FileNotFoundError, match=r"no finished runs in .*; type make reproduce-paper PROFILE=cpu"):
         reference.keep(tmp_path / "cpu", tmp_path / "reference")
     assert (tmp_path / "reference").exists()
 
