@@ -42,10 +42,11 @@ long full-batch training wants (arXiv:2407.06183). Noise takes that advantage aw
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
 autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes with
-the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature next to
-nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at ``1/warmup`` of
-their value and grow by a factor of at most ``growth`` from step to step, because curvature rises while steps grow and
-its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
+the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature are
+next to nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at
+``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step, because curvature rises while
+steps grow and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at
+once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
