@@ -1,0 +1,70 @@
+"""The table of an ablation: `python -m analysis.ablation results/ablation/own`.
+
+A row per task, method and value of what was varied: the settings in which runs of one method on one task differ. Writes
+`ablation.csv` into the folder and prints it as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.records import Records, load
+from analysis.tables import number
+
+
+def ablation(records: Records) -> pd.DataFrame:
+    """Final values by varied setting.
+
+    Returns:
+        `task, optimizer`, a column per varied setting, then `n` finished and `diverged` runs, and mean and standard
+        deviation over the finished ones of `train_loss` and of the test metric.
+
+    Raises:
+        ValueError: nothing varies between the runs.
+    """
+    runs = records.runs[~records.runs.holdout & records.runs.status.isin(["finished", "diverged"])]
+    settings = pd.json_normalize(runs.config.map(_optimizer).tolist()).set_index(runs.index).astype(str)
+    differ = settings.groupby([runs.task, runs.optimizer]).nunique().max()
+    varied = list(differ[differ > 1].index)
+    if not varied:
+        raise ValueError(f"no optimizer setting differs between the runs in {records.root}")
+    finished = runs.status == "finished"
+    columns = {
+        name: runs[f"final_{name}"].where(finished).astype(float) for name in ("train_loss", "test_metric")
+    }  # a run that diverged has no final value
+    table = pd.DataFrame({"task": runs.task, "optimizer": runs.optimizer} | settings[varied].to_dict("series"))
+    groups = table.assign(**columns, finished=finished).groupby(["task", "optimizer", *varied])
+    return pd.DataFrame(
+        {"n": groups.finished.sum(), "diverged": groups.finished.count() - groups.finished.sum()}
+        | {f"{name}_{what}": getattr(groups[name], what)() for name in columns for what in ("mean", "std")}
+    ).reset_index()
+
+
+def _optimizer(config: dict) -> dict:
+    return {name: value for name, value in config["optimizer"].items() if name not in ("about", "search")}
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    shown = table.map(lambda value: number(value) if isinstance(value, float) else str(value))
+    lines = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m analysis.ablation", description="Table of an ablation.")
+    parser.add_argument("root", type=Path, help="a results folder, such as results/ablation/own")
+    root = parser.parse_args().root
+    try:
+        table = ablation(load(root))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    table.to_csv(root / "ablation.csv", index=False, float_format="%.6g")
+    print(_markdown(table))
+
+
+if __name__ == "__main__":
+    main()
