@@ -79,7 +79,7 @@ def reproduce(cfg: DictConfig) -> None:
 
     with Progress(len(expected), estimates.total(expected), estimates.seconds) as progress:
         progress.watch(plan.all_trials())
-        failed = sweep.launch(plan.all_trials())
+        failed = sweep.launch(plan.all_trials(), timed=False)
         finals, failures = plan.finals()
         progress.watch(finals)
         failed += sweep.launch(finals)

@@ -80,11 +80,15 @@ class Sweep:
         self.folder = Path(cfg.results.root) / cfg.profile.name
         self.hydra = GlobalHydra.instance().hydra
         self.overrides = HydraConfig.get().overrides
+        device, threads = definite_device(str(cfg.device)), definite_threads(cfg.threads or cfg.profile.threads)
+        self.leaves_cores_idle = (
+            HydraConfig.get().runtime.choices.launcher == "local" and device == "cpu" and threads == 1
+        )
         # Definite here, so that a launcher's workers cannot resolve them differently.
         self.common = (
             *self.overrides.task,
-            f"device={definite_device(str(cfg.device))}",
-            f"threads={definite_threads(cfg.threads or cfg.profile.threads)}",
+            f"device={device}",
+            f"threads={threads}",
             f"results.root={self.folder / 'runs'}",
             "tracker=none",
             "progress=false",
@@ -118,8 +122,12 @@ class Sweep:
         _, cfg = self._composed(task, optimizer)
         return cfg.task, OmegaConf.to_container(cfg.optimizer).get("search") or {}
 
-    def launch(self, jobs: Iterable[Job]) -> list[tuple[Job, str]]:
+    def launch(self, jobs: Iterable[Job], timed: bool = True) -> list[tuple[Job, str]]:
         """Make the runs that are not done.
+
+        Args:
+            jobs: the runs.
+            timed: whether their times are asked for. If not, they are made side by side on cores that would be idle.
 
         Returns:
             Those that failed, each with its error in one line.
@@ -127,10 +135,11 @@ class Sweep:
         jobs = [job for job in jobs if not job.is_done()]
         if not jobs:
             return []
-        config = self._compose(*self.overrides.task, *self.overrides.hydra, mode=RunMode.MULTIRUN)
+        beside = _side_by_side if self.leaves_cores_idle and not timed else tuple
+        config = self._compose(*beside(self.overrides.task), *self.overrides.hydra, mode=RunMode.MULTIRUN)
         context = HydraContext(config_loader=self.hydra.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=make, config=config)
-        errors = launch(launcher, [job.overrides for job in jobs], lambda i: jobs[i].is_done())
+        errors = launch(launcher, [beside(job.overrides) for job in jobs], lambda i: jobs[i].is_done())
         return [(job, error) for job, error in zip(jobs, errors, strict=True) if error]
 
     @functools.cache  # noqa: B019 - lives as long as the command
@@ -149,6 +158,10 @@ class Sweep:
         OmegaConf.set_struct(cfg, False)
         OmegaConf.set_readonly(cfg, False)
         return cfg
+
+
+def _side_by_side(overrides: Iterable[str]) -> tuple[str, ...]:
+    return *(override for override in overrides if not override.startswith("launcher=")), "launcher=joblib"
 
 
 def launch(

@@ -140,7 +140,7 @@ def tune(cfg: DictConfig) -> None:
     jobs = trials_of(sweep, task, optimizer)
     if not jobs:
         raise ConfigError(f"{optimizer} is not tuned: its config has no search")
-    failures = sweep.launch(jobs)
+    failures = sweep.launch(jobs, timed=False)
     outcome = record_search(sweep, jobs)
     for trial in outcome["trials"]:
         print(trial["values"], trial["status"], outcome["metric"], trial["score"])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from runners.record import read_summary, read_table
 
@@ -107,6 +108,8 @@ def test_reproduce_makes_everything_once(call, tmp_path):
     runs = sorted(tmp_path.glob("results/quick/runs/cnn_digits/sgdm/*"))
     summaries = [read_summary(run) for run in runs]
     assert sorted((s["holdout"], s["seed"]) for s in summaries) == [(False, 0), (False, 1), (True, 0), (True, 0)]
+    beside = [OmegaConf.load(run / "config.yaml").launcher.contended for run in runs]
+    assert beside == [s["holdout"] for s in summaries]  # trials side by side, timed runs one by one
     search = json.loads((tmp_path / "results/quick/tuning/cnn_digits/sgdm.json").read_text())
     assert len(search["trials"]) == 2
     assert search["selected"] in [trial["values"] for trial in search["trials"]]
