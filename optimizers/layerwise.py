@@ -12,7 +12,7 @@ fixed, the model is
 
 with ``C`` the Gauss–Newton matrix, and the step sizes are
 
-    α_l = σ̃ · c · u_l / ‖d_l‖,     u_l = t_l^{p_l} (a ‖d_l‖)^{1−p_l},     c = ρ̄ᵀu / uᵀK̄u,
+    α_l = σ · c · u_l / ‖d_l‖,     u_l = t_l^{p_l} (a ‖d_l‖)^{1−p_l},     c = ρ̄ᵀu / uᵀK̄u,
     t_l = max(ρ̄_l, κ ρ̄ᵖ_l) / K̄_ll,     a = ρ̄ᵀ‖d‖ / ‖d‖ᵀK̄‖d‖,
 
 where ``ρ̄ᵖ``, ``ρ̄`` are averages of the slopes per unit of length, ``ρ_l / ‖d_l‖``, before and after the correction for
@@ -37,13 +37,13 @@ curvature and noisy slope, such as BatchNorm's, otherwise take steps a hundred t
 direction wants ``ω = 1``; Adam's, which has brought the layers to one scale already, a small one.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
-long full-batch training wants (arXiv:2407.06183). Noise takes that advantage away, so ``σ̃ = 1 + (σ − 1) s²`` with
-``s = ρ̄ᵀu / ρ̄ᵖᵀu`` in [0, 1], the share of the whole step's slope that is not noise.
+long training wants (arXiv:2407.06183): with shorter steps curvature grows, which shortens them again, until the run
+stands still. So it was found here too, with noise as without.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes with
-the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature are
-next to nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at
+autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes
+with the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature
+are next to nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at
 ``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step, because curvature rises while
 steps grow and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at
 once.
@@ -54,8 +54,8 @@ there is no noise (a full batch) and ``ω = 1``; otherwise the common step size 
 ======  ===============  ============================================================================================
 symbol  argument         meaning
 ======  ===============  ============================================================================================
-``σ``   ``sigma``        dimensionless, not a learning rate. It is the groups' ``lr`` at first, and what a scheduler
-                         makes of that scales the steps in proportion
+``σ``   ``sigma``        dimensionless, not a learning rate, though the groups' ``lr`` to a scheduler, which so scales
+                         the steps
 –       ``averaging``    weight of the past in the averages
 ``ω``   ``own``          weight of a layer's own minimiser against the common one, where its slope is all signal
 ``κ``   ``floor``        the corrected slope is a difference and can average to nothing: no step is zero for good, and
@@ -132,7 +132,7 @@ class Layerwise(LayeredOptimizer):
         check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.noise_every, self.sigma = every, noise_every, sigma
+        self.every, self.noise_every = every, noise_every
         self.own, self.trust, self.caution = own, trust, caution
         self.curvature = SampledFisher() if curvature is None else curvature
 
@@ -160,7 +160,7 @@ class Layerwise(LayeredOptimizer):
         return loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
-        """By layer: the present ``step_size`` (σ̃ included), and the averaged ``slope`` and ``curvature`` per length."""
+        """By layer: the present ``step_size`` (σ included), and the averaged ``slope`` and ``curvature`` per length."""
         search = self._search
         if "step_size" not in search or not self._layers:
             return {}
@@ -249,7 +249,6 @@ class Layerwise(LayeredOptimizer):
         weight = self.own * share.square()
         u = own.pow(weight) * common.pow(1 - weight)
         joint = _minimiser(slope, curvature, u)
-        search["signal"] = (slope @ u / (measured @ u).clamp_min(tiny)).clamp_max(1)
         sizes = joint * u * per_length * min(1.0, search["measured"] / self.warmup)
         sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
         if "ceiling" in search:
@@ -266,10 +265,10 @@ class Layerwise(LayeredOptimizer):
         return norms.masked_fill(norms == 0, torch.inf)
 
     def _step_sizes(self, search: dict) -> Tensor:
-        """``α``, scaled by what a scheduler or a group of parameters has made of its ``lr``, which began as ``σ``."""
-        sizes = search["step_size"] * (1 + (self.sigma - 1) * search["signal"].square())
-        scale = [self.group(layer.parameters[0])["lr"] / self.sigma for layer in self._layers]
-        return sizes * torch.as_tensor(scale, dtype=sizes.dtype).to(sizes.device, non_blocking=True)
+        """``α``; ``σ`` is a group's ``lr``, and so for a scheduler to change."""
+        sizes = search["step_size"]
+        sigma = [self.group(layer.parameters[0])["lr"] for layer in self._layers]
+        return sizes * torch.as_tensor(sigma, dtype=sizes.dtype).to(sizes.device, non_blocking=True)
 
 
 def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
