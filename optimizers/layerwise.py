@@ -38,7 +38,7 @@ direction wants ``ω = 1``; Adam's, which has brought the layers to one scale al
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
 long training wants (arXiv:2407.06183): with shorter steps curvature grows, which shortens them again, until the run
-stands still. So it was found here too, with noise as without.
+stands still. So it was found here too, with noise as without; where dropout is all the noise, 1.5 is LW-SGDm's limit.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
 autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes
@@ -299,7 +299,7 @@ class LWSGDm(Layerwise):
         params: Iterable,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        sigma: float = 2.0,
+        sigma: float = 1.5,
         trust: float = 0.03,
         **search,
     ) -> None:
