@@ -131,9 +131,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """The running statistics; of the variance, the unbiased estimate."""
         self.num_batches_tracked += 1
-        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (count / max(count - 1, 1)), momentum)
+        weight = self.num_batches_tracked.to(mean).reciprocal() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * (count / max(count - 1, 1)), weight)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions."""
