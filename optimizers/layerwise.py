@@ -37,8 +37,8 @@ layers otherwise took steps of 4 to 14 where the tuned rate is 0.1. ``ω`` is 1 
 which has brought the layers to one scale already.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
-long training wants (arXiv:2407.06183): with shorter steps curvature grows, which shortens them again. Drawing ``σ`` towards
-1 by noise made LW-AdamW stand still on the MNIST autoencoder. LW-SGDm's 1.5 was chosen on Cora.
+long training wants (arXiv:2407.06183): with shorter steps curvature grows, which shortens them again. Drawing ``σ``
+towards 1 by noise made LW-AdamW stand still on the MNIST autoencoder. LW-SGDm's 1.5 was chosen on Cora.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
 autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes
