@@ -5,8 +5,8 @@ arXiv:2305.13664). The paper's abstract says: one step size per layer, from stoc
 of the Hessian; no learning rate to tune; first-order memory; about one extra gradient of time. Its text and code are
 not to be had, so **everything below is a reconstruction**, derived and then chosen by measurement.
 
-A *descent* gives each layer ``l`` a direction ``d_l``; the *search* gives it a length. Along ``d_l``, the other layers
-fixed, the model is
+A *descent* gives each layer ``l`` a direction ``d_l``, momentum included; the *search* gives it a length. Along
+``d_l``, the other layers fixed, the model is
 
     f(θ − α d_l) ≈ f − α ρ_l + ½ α² q_l,     ρ_l = ∇_l fᵀ d_l,     q_l = d_lᵀ C_ll d_l,
 
@@ -32,21 +32,24 @@ measured every ``noise_every`` steps. A layer's share of signal is ``s_l = max(�
 
 **Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
 along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
-degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. On a CNN BatchNorm's
-layers otherwise took steps of 4 to 14 where the tuned rate is 0.1. ``ω`` is 1 for SGD's direction and small for Adam's,
-which has brought the layers to one scale already.
+degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. With ``ω = 1`` a layer
+can be caught in the fall of step size and rise of curvature by itself: the MNIST autoencoder's last one is. ``ω`` is ½
+for SGD's direction and small for Adam's, which has brought the layers to one scale already.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
-long training wants (arXiv:2407.06183): with shorter steps curvature grows, which shortens them again. Drawing ``σ``
-towards 1 by noise made LW-AdamW stand still on the MNIST autoencoder. LW-SGDm's 1.5 was chosen on Cora.
+long training wants (arXiv:2407.06183): shorter steps let curvature grow, which shortens them again, until training
+stands still. On the MNIST autoencoder that is seen with ``σ = 1.5`` and with a ``σ`` that noise draws towards 1. The
+edge is momentum's own only if ``d`` is the direction of the step, momentum included: an oscillation along curvature
+``λ`` leaves ``(1−β)/(1+β)`` of itself in an average, and ``α = 2 ρ/q`` then means ``αλ = 2 (1+β)/(1−β)``, where
+averaged momentum just stays stable. With ``d = g`` the same ``σ`` stops at half of that or less.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes
-with the gradient, and ``χ = 0`` will do; Adam's keeps its length when the examples are fitted and slope and curvature
-are next to nothing, where only a bound that shrinks with the share of signal holds (``χ = 2``). Step sizes start at
-``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step, because curvature rises while
-steps grow and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at
-once.
+autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units. So ``α_l
+‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes with the gradient, and a small ``τ`` with ``χ = 0`` will do; Adam's
+keeps its length when the examples are fitted and slope and curvature are next to nothing, where only a bound that
+shrinks with the share of signal holds (``χ = 2``). Step sizes start at ``1/warmup`` of their value and grow by a factor
+of at most ``growth`` from step to step, because curvature rises while steps grow and its average lags behind. They may
+fall at any pace, and after a fall regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
@@ -79,7 +82,7 @@ from optimizers.objective import Minibatch
 
 
 class Layerwise(LayeredOptimizer):
-    """The search: step sizes for a descent that a subclass defines by ``_directions``, ``_metric`` and ``_move``.
+    """The search: step sizes for a descent that a subclass defines by ``_direction`` and ``_metric``.
 
     Args:
         params: parameters or parameter groups; together they must hold every trainable parameter of the model.
@@ -176,17 +179,24 @@ class Layerwise(LayeredOptimizer):
 
     # The descent ------------------------------------------------------------------------------------------------------
 
-    def _directions(self) -> Directions:
-        """``d_l`` for every layer from the present ``.grad``; takes what averages it keeps one step further."""
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """``d`` of one parameter from its present ``.grad``; takes the averages that it keeps one step further."""
         raise NotImplementedError
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         """``M e``: how the direction moves with the gradient."""
         raise NotImplementedError
 
+    def _directions(self) -> Directions:
+        return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
+
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
-        """The step of one layer, in place."""
-        raise NotImplementedError
+        """``θ ← (1 − α w) θ − α d``."""
+        for p, d in zip(layer.parameters, direction, strict=True):
+            decay = self.group(p)["weight_decay"]
+            if decay:
+                p.mul_(1 - alpha * decay)
+            p.sub_(alpha * d)
 
     # The search -------------------------------------------------------------------------------------------------------
 
@@ -280,17 +290,19 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
 class LWSGDm(Layerwise):
     r"""SGD with momentum and layer-wise adaptive step sizes.
 
-    ``d = g``;  ``v_l ← β v_l + α_l (g_l + w θ_l)``,  ``θ_l ← θ_l − v_l``.
+    ``m ← β m + (1−β) g``,  ``d = m``,  ``θ_l ← (1 − α_l w) θ_l − α_l d_l``.
 
-    The step size multiplies the gradient as it enters a plain (not averaged) momentum buffer, the convention of
-    ``torch.optim.SGD``; so does weight decay. What is derived and what is known: see the module.
+    Momentum averages, so that ``d`` is the step's own direction and slope and curvature are those of the step; in
+    ``torch.optim.SGD``, which sums, the same step has the rate ``(1−β) α``. Weight decay is decoupled and scaled by the
+    step size. The metric is ``M = 1−β``. What is derived and what is known: see the module.
 
     Args:
         params: parameters or parameter groups.
         momentum: ``β`` in [0, 1).
         weight_decay: ``w`` ≥ 0.
         sigma: ``σ``; see ``Layerwise``.
-        trust: ``τ``; see ``Layerwise``. Momentum takes each direction ``1/(1−β)`` times in all.
+        trust: ``τ``; see ``Layerwise``.
+        own: ``ω``; see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -299,28 +311,23 @@ class LWSGDm(Layerwise):
         params: Iterable,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        sigma: float = 1.5,
-        trust: float = 0.03,
+        sigma: float = 2.0,
+        trust: float = 0.01,
+        own: float = 0.5,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, sigma=sigma, trust=trust, **search)
+        super().__init__(params, defaults, sigma=sigma, trust=trust, own=own, **search)
 
-    def _directions(self) -> Directions:
-        return {layer: [p.grad for p in layer.parameters] for layer in self._layers}
+    def _direction(self, parameter: Tensor) -> Tensor:
+        group, state = self.group(parameter), self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+        return state["exp_avg"].lerp_(parameter.grad, 1 - group["momentum"])
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
-        return e
-
-    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
-        for p, d in zip(layer.parameters, direction, strict=True):
-            group, state = self.group(p), self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            decayed = d.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else d
-            state["momentum_buffer"].mul_(group["momentum"]).add_(alpha * decayed)
-            p.sub_(state["momentum_buffer"])
+        return (1 - self.group(parameter)["momentum"]) * e
 
 
 class LWAdamW(Layerwise):
@@ -362,18 +369,15 @@ class LWAdamW(Layerwise):
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, sigma=sigma, trust=trust, own=own, caution=caution, **search)
 
-    def _directions(self) -> Directions:
-        return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
-
-    def _direction(self, p: Tensor) -> Tensor:
-        group, state = self.group(p), self.state[p]
+    def _direction(self, parameter: Tensor) -> Tensor:
+        group, state, g = self.group(parameter), self.state[parameter], parameter.grad
         beta1, beta2 = group["betas"]
         if "step" not in state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         state["step"] += 1
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(p, state["exp_avg_sq"])
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(parameter, state["exp_avg_sq"])
 
     def _scale(self, p: Tensor, second_moment: Tensor) -> Tensor:
         """``√v̂ + ε``."""
@@ -385,10 +389,3 @@ class LWAdamW(Layerwise):
         second_moment = state["exp_avg_sq"].addcmul(e, e, value=1 - beta2)
         scale = self._scale(parameter, second_moment)
         return scale.reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1 ** state["step"]))
-
-    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
-        for p, d in zip(layer.parameters, direction, strict=True):
-            decay = self.group(p)["weight_decay"]
-            if decay:
-                p.mul_(1 - alpha * decay)
-            p.sub_(alpha * d)
