@@ -14,7 +14,7 @@ from optimizers.objective import Minibatch
 class LayeredOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step takes a minibatch that knows its layers."""
 
-    #: Whether all it asks of a batch is the same on all processes that share one (``optimizers.parallel``).
+    #: Whether a batch may come in parts, over processes (``optimizers.parallel``) or time (``.accumulation``).
     data_parallel = False
 
     _layers: list[Layer] = []  # noqa: RUF012 - never changed in place
@@ -24,7 +24,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
-            NotImplementedError: the minibatch is shared with other processes, and the method is not data-parallel.
+            NotImplementedError: the minibatch is in parts, and the method needs it whole.
             RuntimeError: called under autocast.
             ValueError: the parameter groups do not hold all of the model's trainable parameters.
         """
@@ -39,10 +39,10 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
                 "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
             )
-        if closure.ranks > 1 and not self.data_parallel:
+        if closure.ranks * closure.parts > 1 and not self.data_parallel:
             raise NotImplementedError(
-                f"{type(self).__name__} measures its layers on one process alone; data-parallel are the layer-wise "
-                "methods and those of gradients alone"
+                f"{type(self).__name__} measures its layers on the whole batch at once, on one process; the layer-wise "
+                "methods and those of gradients alone take batches in parts"
             )
         layers = closure.objective.layers
         # groups are looked up anew each step: load_state_dict puts new ones in place of those that it finds

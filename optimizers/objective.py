@@ -73,12 +73,14 @@ class Objective:
         generator: torch.Generator | None = None,
         population: int | None = None,
         penalty: Mapping[nn.Parameter, float] | None = None,
+        max_norm: float | None = None,
     ) -> None:
         self.model = model
         self.likelihood = likelihood
         self.generator = generator
         self.population = population
         self.penalty = dict(penalty or {})
+        self.max_norm = max_norm
         self.gradient_equivalents = 0.0
         self._layers = None
 
@@ -120,6 +122,12 @@ class Minibatch:
     #: How many processes hold a part of this batch each; see ``optimizers.parallel``.
     ranks = 1
 
+    #: How many such parts are evaluated one after another; see ``optimizers.accumulation``.
+    parts = 1
+
+    #: What clipping has multiplied ``.grad`` by.
+    clipped: float | Tensor = 1.0
+
     def mean(self, part: Tensor) -> Tensor:
         """The mean over all processes of what each has measured on its part of the batch."""
         return part
@@ -135,8 +143,9 @@ class Minibatch:
 
     @property
     def complete(self) -> bool:
-        """Whether this is the whole training set."""
-        return self.objective.population is not None and self.size * self.ranks >= self.objective.population
+        """Whether this is the whole training set, at once."""
+        population = self.objective.population
+        return population is not None and self.parts == 1 and self.size * self.ranks >= population
 
     @property
     def noisy(self) -> bool:
@@ -158,11 +167,14 @@ class Minibatch:
 
     def __call__(self) -> Tensor:
         """Evaluate, fill ``.grad`` anew, return the loss (detached): a ``torch.optim`` closure."""
-        model = self.objective.model
+        self.objective.model.zero_grad(set_to_none=True)
+        return self._finish(self.add_gradient())
+
+    def add_gradient(self) -> Tensor:
+        """Add this minibatch's gradient to ``.grad``; returns the loss, detached."""
         self.count(FORWARD + ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
-        model.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            loss = self.loss(model(*self.inputs))
+            loss = self.loss(self.objective.model(*self.inputs))
         loss.backward()
         return loss.detach()
 
@@ -182,7 +194,7 @@ class Minibatch:
         for layer, gradient in gradients.items():
             for p, g in zip(layer.parameters, gradient, strict=True):
                 p.grad = self._penalised(p, g)
-        return self.loss(trace.outputs).detach()
+        return self._finish(self.loss(trace.outputs).detach())
 
     def noise(self, trace: Trace | None, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         r"""A random ``e`` with the second moment of the noise in the mean gradient that ``.grad`` holds.
@@ -191,17 +203,17 @@ class Minibatch:
         dropout every example's gradient is noisy by itself, so there ``e = (1/m) Σ_i ε_i ∇ℓ_i``; but at ``m = n``,
         where that spread is no noise, a second draw of the masks is compared: ``e = (g − g')/√2``.
 
-        Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is; a ``complete``
-        batch needs no trace.
+        Of a batch in ``k`` parts, ``e`` is the last one's, over ``√k``. Each parameter's ``e`` is handed to
+        ``visit(parameter, e)`` and not kept. The trace's graph is; a ``complete`` batch needs no trace.
         """
         if self.complete:
             self._redraw(visit)
             return
         drawn = self.size * self.ranks
-        scale = 1.0 if self._dropout else (1 - drawn / (self.objective.population or math.inf)) ** 0.5
+        scale = 1.0 if self._dropout else (1 - drawn * self.parts / (self.objective.population or math.inf)) ** 0.5
         residual = self.residual(trace.outputs)
         order = torch.randperm(drawn, generator=self.objective.generator, device=residual.device)
-        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * (scale / self.size)
+        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * (self.clipped * scale / self.size / self.parts**0.5)
         if self.rows is not None:
             signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
         trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
@@ -212,7 +224,7 @@ class Minibatch:
             again = self.trace(keep_outputs=False)
 
         def compare(p: nn.Parameter, g: Tensor) -> None:
-            visit(p, self._penalised(p, g).sub_(gradients[p]).mul_(0.5**0.5))
+            visit(p, self._penalised(p, g).mul_(self.clipped).sub_(gradients[p]).mul_(0.5**0.5))
 
         again.each_gradient(self.residual(again.outputs) / self.size, compare)
 
@@ -240,6 +252,14 @@ class Minibatch:
     def count(self, work: float) -> None:
         """Add to the objective's gradient-equivalents."""
         self.objective.gradient_equivalents += work
+
+    def _finish(self, loss: Tensor) -> Tensor:
+        """Once ``.grad`` holds the gradient: clip it. Returns the loss."""
+        max_norm = self.objective.max_norm
+        if max_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.objective.model.parameters(), max_norm)
+            self.clipped = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+        return loss
 
     def _mine(self, whole: Tensor) -> Tensor:
         """This process's rows of what was drawn for the whole batch."""

@@ -72,14 +72,8 @@ class Shard(Minibatch):
         index = index - self.size * dist.get_rank()
         return index[(index >= 0) & (index < self.size)]
 
-    def __call__(self) -> Tensor:
-        return self._exchange(super().__call__())
-
     def evaluate(self) -> Tensor:
         return self.mean(super().evaluate())
-
-    def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
-        return self._exchange(super().fill_gradients(trace, retain_graph))
 
     def noise(self, trace: Trace, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         super().noise(trace, lambda p, e: visit(p, self.mean(e)))
@@ -89,14 +83,14 @@ class Shard(Minibatch):
         dist.all_gather(parts, outputs.detach().contiguous())
         return self._mine(self.objective.likelihood.sampled_residual(torch.cat(parts), self.objective.generator))
 
-    def _exchange(self, loss: Tensor) -> Tensor:
-        """Every ``.grad`` and the loss become their means, in one exchange."""
+    def _finish(self, loss: Tensor) -> Tensor:
+        """Every ``.grad`` and the loss become their means, in one exchange; then as ever."""
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         flat = self.mean(torch.cat([loss.view(1), *(g.flatten() for g in gradients)]))
         loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
         for g, part in zip(gradients, parts, strict=True):
             g.copy_(part.view_as(g))
-        return loss.squeeze(0)
+        return super()._finish(loss.squeeze(0))
 
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks)[dist.get_rank()]

@@ -170,7 +170,7 @@ def test_methods_that_measure_more_are_refused(name, tmp_path):
     def work(rank, ranks):
         model = network(torch.float32)
         optimizer = cases.build(name, model.parameters())
-        with pytest.raises(NotImplementedError, match="measures its layers on one process alone"):
+        with pytest.raises(NotImplementedError, match="measures its layers on the whole batch at once"):
             optimizer.step(DataParallel(model, Categorical())(*cases.small_batch()))
 
     together(work, tmp_path, ranks=2)

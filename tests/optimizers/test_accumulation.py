@@ -1,0 +1,105 @@
+"""Batches in parts, and clipped gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.likelihoods import Categorical
+from optimizers import LWAdamW, LWSGDm, Objective
+from optimizers.accumulation import accumulate
+from optimizers.curvature import ExactGaussNewton
+from optimizers.kfac import KFAC
+from tests.optimizers.cases import small_batch, small_network, small_objective
+
+BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+
+
+def halves(objective, x, y):
+    return accumulate(objective(*part) for part in zip(x.chunk(2), y.chunk(2), strict=True))
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1, 1e6])
+def test_gradient_of_parts_is_that_of_the_batch(max_norm):
+    model = perceptron()
+    x, y = small_batch(torch.float64)
+    objective = Objective(model, Categorical(), max_norm=max_norm)
+    whole = objective(x, y)
+    loss, expected = whole(), gradients(model)
+    if max_norm == 0.1:
+        assert torch.stack([g.square().sum() for g in expected]).sum().sqrt() == pytest.approx(0.1, rel=1e-5)
+    parts = halves(objective, x, y)
+    for fill in (parts, lambda: parts.fill_gradients(parts.trace())):
+        torch.testing.assert_close(fill(), loss)
+        torch.testing.assert_close(gradients(model), expected)
+    torch.testing.assert_close(parts.evaluate(), whole.evaluate())
+
+
+@BOTH
+def test_parts_that_are_alike_are_one_batch(method):
+    """Without noise and label draws: the last part's curvature is then the batch's."""
+    finals = []
+    for split in (1, 2):
+        model = perceptron()
+        x, y = small_batch(torch.float64)
+        objective = Objective(model, Categorical(), population=2 * len(y))
+        optimizer = method(model.parameters(), curvature=ExactGaussNewton())
+        for _ in range(10):
+            optimizer.step(
+                accumulate([objective(x, y)] * 2) if split == 2 else objective(x.repeat(2, 1, 1, 1), y.repeat(2))
+            )
+        finals.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-7, atol=1e-9)
+
+
+def mean_noise(minibatch, draws=200):
+    """E‖e‖²."""
+    squares = []
+    for _ in range(draws):
+        trace = minibatch.trace()
+        minibatch.fill_gradients(trace, retain_graph=True)
+        minibatch.noise(trace, lambda p, e: squares.append(e.square().sum()))
+    return float(sum(squares)) / draws
+
+
+def test_noise_is_that_of_the_mean_over_parts_and_clipped_with_the_gradient():
+    model = perceptron()
+    x, y = small_batch(torch.float64)
+    objective = Objective(model, Categorical(), torch.Generator().manual_seed(0))
+    free = mean_noise(objective(x, y))
+    assert mean_noise(halves(objective, x, y)) == pytest.approx(free, rel=0.15)
+    norm = torch.cat([g.flatten() for g in gradients(model)]).norm()
+    objective.max_norm = 0.5 * norm
+    for minibatch in (objective(x, y), halves(objective, x, y)):
+        assert mean_noise(minibatch) == pytest.approx(0.25 * free, rel=0.15)
+
+
+@BOTH
+def test_layerwise_methods_learn_on_clipped_batches_in_parts(method):
+    model = small_network()
+    objective = Objective(model, Categorical(), torch.Generator().manual_seed(0), max_norm=1.0)
+    optimizer = method(model.parameters())
+    losses = [optimizer.step(halves(objective, *small_batch())) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_cannot_be_accumulated_is_refused():
+    model = small_network()
+    objective = small_objective(model)
+    x, y = small_batch()
+    with pytest.raises(ValueError, match=r"parts of one size, not of \[2, 3\]"):
+        accumulate([objective(x[:2], y[:2]), objective(x[:3], y[:3])])
+    with pytest.raises(ValueError, match="not of none"):
+        accumulate([])
+    with pytest.raises(NotImplementedError, match="graphs"):
+        accumulate([objective(x, y, torch.arange(len(y)))])
+    with pytest.raises(NotImplementedError, match="KFAC measures its layers on the whole batch at once"):
+        KFAC(model.parameters(), lr=0.1, damping=0.1).step(halves(objective, x, y))
