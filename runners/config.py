@@ -26,7 +26,7 @@ CALLABLE = (
     "pytorch_optimizer", "prodigyopt", "dadaptation", "schedulefree", "dog",
 )  # fmt: skip
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16")
 
 # Sections that may read environment variables: they say where things are, and are in no record.
 FROM_ENVIRONMENT = ("data", "results", "tracker")
@@ -178,6 +178,8 @@ def _check(cfg: DictConfig) -> None:
             raise ConfigError(f"optimizer.{field} is {value}; type a number of at least 0")
     if cfg.task.dtype not in DTYPES:
         raise ConfigError(f"task.dtype is {cfg.task.dtype}; choose one of {', '.join(DTYPES)}")
+    if cfg.task.dtype == "bfloat16" and cfg.task.family == "gcn":
+        raise ConfigError("task.dtype is bfloat16, which sparse products do not know; type task.dtype=float32")
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch, Batches, Dataset, Split
+from models.precision import LowPrecision
 from optimizers import Objective
 from runners import checkpoint, record
 from runners.claim import claim
@@ -300,7 +301,12 @@ class Trainer:
                 f"task.batch_size is {size} but there are {len(dataset.train)} training examples; "
                 "type task.batch_size=N with at most that, or task.batch_size=full"
             )
-        return dataset.to(self.device, getattr(torch, cfg.task.dtype))
+        return dataset.to(self.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of data and parameters; in bfloat16 nothing is kept (`LowPrecision`)."""
+        return torch.float64 if self.cfg.task.dtype == "float64" else torch.float32
 
     def _generators(self) -> dict[str, torch.Generator]:
         devices = {"order": "cpu", "augmentation": self.dataset.train.device, "labels": self.device}
@@ -325,8 +331,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(self.cfg.seed, "init"))
             model = instantiate(self.cfg.task.model)
-        model = model.to(self.device, getattr(torch, self.cfg.task.dtype))
-        model = self._watch(model)
+        # convolutions are up to 1.3 times as fast so, forward, backward and tangents, on CPUs and tensor cores
+        model = model.to(self.device, self._dtype, memory_format=torch.channels_last)
+        model = self._watch(LowPrecision(model) if self.cfg.task.dtype == "bfloat16" else model)
         objective = self.objective_type(
             model, self.likelihood, generators["labels"], len(self.dataset.train), self._penalty(model)
         )

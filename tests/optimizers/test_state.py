@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.precision import LowPrecision
 from optimizers.layered import LayeredOptimizer
 from tests.optimizers import cases
 from tests.optimizers.test_all import on_small_network, step, supported
@@ -124,19 +125,6 @@ def test_methods_on_layers_refuse_closures_that_know_no_layers(name):
     _, optimizer = supported(name)
     with pytest.raises(TypeError, match="needs a minibatch that knows its layers"):
         optimizer.step(lambda: torch.zeros(()))
-
-
-class LowPrecision(nn.Module):
-    """A network whose forward pass alone runs under bfloat16 autocast."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16):
-            outputs = self.network(x)
-        return outputs.float()
 
 
 def tensors(node):

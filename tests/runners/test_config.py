@@ -63,7 +63,8 @@ def test_folder_is_task_optimizer_hash(compose):
         ("budget.epochs=many", "budget.epochs is many"),
         ("optimizer.lr=-0.1", "optimizer.lr is -0.1; type a number of at least 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1"),
-        ("task.dtype=half", "task.dtype is half; choose one of float32, float64"),
+        ("task.dtype=half", "task.dtype is half; choose one of float32, float64, bfloat16"),
+        ("task.family=gcn task.dtype=bfloat16", "task.dtype is bfloat16, which sparse products do not know"),
         ("task.batch_size=0", "task.batch_size is 0; type a positive whole number, or full"),
         ("task.batch_size=half", "task.batch_size is half"),
         ("seed=-1", "seed is -1"),
@@ -76,7 +77,7 @@ def test_folder_is_task_optimizer_hash(compose):
 )
 def test_bad_values_are_refused_in_one_line(compose, override, message):
     with pytest.raises(ConfigError) as error:
-        resolve(compose(*BASE, override))
+        resolve(compose(*BASE, *override.split()))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

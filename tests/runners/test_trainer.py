@@ -240,17 +240,28 @@ def test_a_schedule_changes_the_rate_between_epochs(train, monkeypatch):
     assert rates == pytest.approx([0.1, 0.01, 0.001])
 
 
-@pytest.mark.parametrize("task", [DIGITS, GRAPH])
-def test_double_precision_reaches_data_and_model(train, task, monkeypatch):
-    types = []
+@pytest.mark.parametrize(
+    ("task", "dtype", "kept", "inside"),
+    [
+        (DIGITS, "float64", torch.float64, torch.float64),
+        (GRAPH, "float64", torch.float64, torch.float64),
+        (DIGITS, "bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_precision_reaches_data_and_model(train, task, dtype, kept, inside, monkeypatch):
+    seen = {}
     start = trainer.Trainer._start
-    monkeypatch.setattr(
-        trainer.Trainer,
-        "_start",
-        lambda self, state: types.append(next(self.model.parameters()).dtype) or start(self, state),
-    )
-    folder = train(*task, "optimizer=lw_adamw", "task.dtype=float64", "budget.epochs=1")
-    assert types == [torch.float64]
+
+    def look(self, state):
+        convolution = next(module for name, module in self.model.named_modules() if name.endswith("conv1"))
+        convolution.register_forward_hook(lambda module, inputs, output: seen.update(inside=output.dtype))
+        outputs = self.objective(*next(iter(self.batches))).trace().outputs
+        seen.update(parameters=next(self.model.parameters()).dtype, outputs=outputs.dtype)
+        return start(self, state)
+
+    monkeypatch.setattr(trainer.Trainer, "_start", look)
+    folder = train(*task, "optimizer=lw_adamw", f"task.dtype={dtype}", "budget.epochs=2")
+    assert seen == {"parameters": kept, "outputs": kept, "inside": inside}
     assert read_summary(folder)["status"] == "finished"
 
 
