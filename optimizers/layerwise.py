@@ -87,11 +87,11 @@ class Layerwise(LayeredOptimizer):
     Args:
         params: parameters or parameter groups; together they must hold every trainable parameter of the model.
         defaults: the descent's own options, per group.
-        sigma: ``σ`` > 0.
         trust: ``τ`` > 0.
-        averaging: in [0, 1).
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
+        sigma: ``σ`` > 0.
+        averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from step to step, above 1.
@@ -110,11 +110,11 @@ class Layerwise(LayeredOptimizer):
         params: Iterable,
         defaults: dict,
         *,
-        sigma: float,
         trust: float,
-        averaging: float = 0.95,
-        own: float = 1.0,
+        own: float,
         caution: float = 0.0,
+        sigma: float = 2.0,
+        averaging: float = 0.95,
         floor: float = 0.2,
         warmup: int = 20,
         growth: float = 1.1,
@@ -300,7 +300,6 @@ class LWSGDm(Layerwise):
         params: parameters or parameter groups.
         momentum: ``β`` in [0, 1).
         weight_decay: ``w`` ≥ 0.
-        sigma: ``σ``; see ``Layerwise``.
         trust: ``τ``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         **search: see ``Layerwise``.
@@ -311,14 +310,13 @@ class LWSGDm(Layerwise):
         params: Iterable,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        sigma: float = 2.0,
         trust: float = 0.01,
         own: float = 0.5,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, sigma=sigma, trust=trust, own=own, **search)
+        super().__init__(params, defaults, trust=trust, own=own, **search)
 
     def _direction(self, parameter: Tensor) -> Tensor:
         group, state = self.group(parameter), self.state[parameter]
@@ -344,7 +342,6 @@ class LWAdamW(Layerwise):
         betas: ``(β₁, β₂)``, each in [0, 1).
         eps: ``ε`` > 0.
         weight_decay: ``w`` ≥ 0.
-        sigma: ``σ``; see ``Layerwise``.
         trust: ``τ``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
@@ -357,7 +354,6 @@ class LWAdamW(Layerwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        sigma: float = 2.0,
         trust: float = 0.1,
         own: float = 0.1,
         caution: float = 2.0,
@@ -367,7 +363,7 @@ class LWAdamW(Layerwise):
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, sigma=sigma, trust=trust, own=own, caution=caution, **search)
+        super().__init__(params, defaults, trust=trust, own=own, caution=caution, **search)
 
     def _direction(self, parameter: Tensor) -> Tensor:
         group, state, g = self.group(parameter), self.state[parameter], parameter.grad

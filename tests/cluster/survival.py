@@ -30,6 +30,7 @@ import torch
 import yaml
 
 from runners.record import DONE, read_summary, read_table
+from tests.data import folders
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk")
@@ -54,6 +55,7 @@ REPRODUCE = (
 SCENARIOS = {
     "run": ("train", "task=cnn_digits", "optimizer=lw_adamw", "budget.epochs=25", "schedule=step"),
     "run with dropout": ("train", "task=gcn_sbm", "optimizer=lw_sgdm", "budget.epochs=300"),
+    "streaming run": ("train", *folders.TASK, "data.root=images", "optimizer=lw_sgdm", "budget.epochs=40"),
     "run with factors": ("train", "task=autoencoder_curves_small", "optimizer=kfac", "budget.epochs=12"),
     "sweep": ("train", "task=cnn_digits", "optimizer=sgdm,lw_sgdm", "seed=0,1", "budget.epochs=6", "-m"),
     "tuning": ("tune", "task=cnn_digits", "optimizer=sgdm", "profile.trials=4", "budget.epochs=6"),
@@ -77,6 +79,8 @@ class Torn(AssertionError):
 
 def start(root: Path, scenario: str, every: float) -> subprocess.Popen:
     module, *arguments = SCENARIOS[scenario]
+    if "data.root=images" in arguments and not (root.parent / "images").exists():
+        folders.write(root.parent / "images")
     command = [sys.executable, "-c", WITH_CHECKPOINTS, str(every), module, *SMALL, f"results.root={root}", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
