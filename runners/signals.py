@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import signal
 import subprocess
 import threading
+import time
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of schedulers, that time is about to be up
 STOPPING = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
+
+
+@functools.cache
+def end_with_parent() -> None:
+    """In a worker of joblib: end within a second of the process that started it, which may be killed.
+
+    Such workers read and write pipes whose other ends they hold themselves: left alone, they wait for ever.
+    """
+    if not multiprocessing.current_process().name.startswith("Loky"):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Interrupted(KeyboardInterrupt):

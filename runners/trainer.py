@@ -29,7 +29,7 @@ from runners.divergence import NotFinite, first_layer, refuse_not_finite
 from runners.evaluation import measure, set_mode
 from runners.memory import PeakMemory, keep_freed_memory, traced_peak
 from runners.provenance import anonymous, provenance
-from runners.signals import Interrupted, StopSignals
+from runners.signals import Interrupted, StopSignals, end_with_parent
 
 CHECKPOINT_EVERY = 30.0  # seconds: the most work that a kill costs ...
 CHECKPOINT_SHARE = 0.02  # ... unless checkpoints are so slow that they would take more than this share of the time
@@ -52,6 +52,7 @@ def run(cfg: DictConfig) -> Path:
         Interrupted: stopped by a signal; a checkpoint is left.
         RunFailed: an error in training; recorded.
     """
+    end_with_parent()
     folder = run_folder(cfg)
     shared = cfg.get("ranks")  # by the processes that torchrun has started, which find out together
     if record.is_done(folder) and not shared:

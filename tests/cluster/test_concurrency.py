@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -83,3 +85,25 @@ def test_of_many_that_wait_one_takes_a_killed_owners_place(compose, made, tmp_pa
     assert list(made().values()) == [2]
     (folder,) = tmp_path.glob("results/*/*/*")
     assert read_summary(folder)["status"] == "finished"
+
+
+def test_workers_end_with_the_sweep_that_started_them(tmp_path):
+    sweep = (sys.executable, "-m", "runners.train", "-m", *RUN, "seed=0,1", "budget.epochs=1000", "launcher=joblib")
+    settings = ("hydra.launcher.n_jobs=2", "device=cpu", "tracker=none", f"results.root={tmp_path}")
+    process = subprocess.Popen((*sweep, *settings), start_new_session=True, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(list(tmp_path.rglob("config.yaml"))) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+    assert len(members(process.pid)) > 2  # the workers, and what watches over them
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 20
+    while members(process.pid) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not members(process.pid)
+
+
+def members(session):
+    """The processes of a session."""
+    found = subprocess.run(["ps", "-o", "pid=", "--sid", str(session)], capture_output=True, text=True)
+    return found.stdout.split()
