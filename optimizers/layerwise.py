@@ -354,7 +354,7 @@ class LWAdamW(Layerwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        trust: float = 0.1,
+        trust: float = 0.05,
         own: float = 0.1,
         caution: float = 2.0,
         **search,
