@@ -15,7 +15,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose step takes a minibatch that knows its layers."""
 
     #: Whether a batch may come in parts, over processes (``optimizers.parallel``) or time (``.accumulation``).
-    data_parallel = False
+    takes_parts = False
 
     _layers: list[Layer] = []  # noqa: RUF012 - never changed in place
 
@@ -39,7 +39,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.step needs a minibatch that knows its layers, not {type(closure).__name__}: "
                 "objective = Objective(model, likelihood) once, then optimizer.step(objective(inputs, targets))"
             )
-        if closure.ranks * closure.parts > 1 and not self.data_parallel:
+        if closure.ranks * closure.parts > 1 and not self.takes_parts:
             raise NotImplementedError(
                 f"{type(self).__name__} measures its layers on the whole batch at once, on one process; the layer-wise "
                 "methods and those of gradients alone take batches in parts"

@@ -103,7 +103,7 @@ class Layerwise(LayeredOptimizer):
         ValueError: an argument out of its range.
     """
 
-    data_parallel = True
+    takes_parts = True
 
     def __init__(
         self,

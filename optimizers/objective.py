@@ -75,6 +75,8 @@ class Objective:
         penalty: Mapping[nn.Parameter, float] | None = None,
         max_norm: float | None = None,
     ) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm} is impossible: it must be positive, or None")
         self.model = model
         self.likelihood = likelihood
         self.generator = generator

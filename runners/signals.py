@@ -1,4 +1,4 @@
-"""Asking a run to stop: signals become a flag that the training loop looks at between steps."""
+"""Asking a run to stop: signals become a flag that the training loop looks at between steps; workers follow parents."""
 
 from __future__ import annotations
 

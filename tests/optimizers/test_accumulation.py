@@ -91,12 +91,14 @@ def test_layerwise_methods_learn_on_clipped_batches_in_parts(method):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_what_cannot_be_accumulated_is_refused():
+def test_what_cannot_be_accumulated_or_clipped_is_refused():
     model = small_network()
     objective = small_objective(model)
     x, y = small_batch()
     with pytest.raises(ValueError, match=r"parts of one size, not of \[2, 3\]"):
         accumulate([objective(x[:2], y[:2]), objective(x[:3], y[:3])])
+    with pytest.raises(ValueError, match="max_norm=-1 is impossible: it must be positive"):
+        Objective(model, Categorical(), max_norm=-1)
     with pytest.raises(ValueError, match="not of none"):
         accumulate([])
     with pytest.raises(NotImplementedError, match="graphs"):
