@@ -12,13 +12,14 @@ A *descent* gives each layer ``l`` a direction ``d_l``, momentum included; the *
 
 with ``C`` the Gauss–Newton matrix, and the step sizes are
 
-    α_l = σ · c · u_l / ‖d_l‖,     u_l = t_l^{p_l} (a ‖d_l‖)^{1−p_l},     c = ρ̄ᵀu / uᵀK̄u,
+    α_l = σ · c/η · u_l / ‖d_l‖,     u_l = t_l^{p_l} (a ‖d_l‖)^{1−p_l},     c = ρ̄ᵀu / uᵀK̄u,
     t_l = max(ρ̄_l, κ ρ̄ᵖ_l) / K̄_ll,     a = ρ̄ᵀ‖d‖ / ‖d‖ᵀK̄‖d‖,
 
 where ``ρ̄ᵖ``, ``ρ̄`` are averages of the slopes per unit of length, ``ρ_l / ‖d_l‖``, before and after the correction for
-noise below, and ``K̄`` averages ``Q_kl / (‖d_k‖‖d_l‖)``. Numerators and denominators are averaged apart, because the
-average of a ratio of noisy numbers is not the ratio. ``c`` makes simultaneous steps consistent: independent ones can
-overshoot by up to the number of layers, and ``c`` minimises the model along their sum.
+noise below, ``K̄`` averages ``Q_kl / (‖d_k‖‖d_l‖)``, and ``η`` corrects the model's curvature. Numerators and
+denominators are averaged apart, because the average of a ratio of noisy numbers is not the ratio. ``c`` makes
+simultaneous steps consistent: independent ones can overshoot by up to the number of layers, and ``c`` minimises the
+model along their sum.
 
 **Slope without noise.** With ``d = g`` from the same batch, ``gᵀd`` counts the batch's own noise as slope, and at small
 batches the step comes out far too long. With random balanced signs ``ε_i = ±1`` per example, ``e = (1/m) Σ_i ε_i ∇ℓ_i``
@@ -28,7 +29,17 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
 noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
-measured every ``noise_every`` steps. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+measured every ``correct_every`` steps. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+
+**Curvature of the loss itself.** Gauss–Newton leaves out how the outputs bend. Along the step the loss has half of its
+curvature on a BatchNorm ResNet, up to twice on a graph, and as much on an autoencoder, so that no one ``σ`` would suit
+them. Every ``correct_every`` steps the batch is evaluated once more, where the step has led, for a third of a gradient:
+
+    η = max(⟨f(θ⁺) − f(θ) + Σ_l α_l ρ'_l⟩ / ⟨½ αᵀQα⟩, s),
+
+both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is the plain slope, weight decay's included.
+``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
+flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
 **Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
 along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
@@ -71,14 +82,28 @@ symbol  argument         meaning
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optimizers.curvature import Directions, SampledFisher
-from optimizers.layered import LayeredOptimizer, check, dot
+from optimizers.layered import LayeredOptimizer, RandomState, check, dot
 from optimizers.layers import Layer, Trace
 from optimizers.objective import Minibatch
+
+
+class Line(NamedTuple):
+    """What one batch says of the line that its step goes along."""
+
+    loss: Tensor
+    """where it starts"""
+    slope: Tensor
+    """``ρ'``, by layer, noise and weight decay included"""
+    curvature: Tensor
+    """``Q``"""
+    per_length: Tensor
+    """``1 / ‖d_l‖``"""
 
 
 class Layerwise(LayeredOptimizer):
@@ -96,7 +121,7 @@ class Layerwise(LayeredOptimizer):
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from step to step, above 1.
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
-        noise_every: measure the noise every so many curvature measurements.
+        correct_every: measure the noise in the slope and the loss's own curvature every so many curvature measurements.
         curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
 
     Raises:
@@ -119,7 +144,7 @@ class Layerwise(LayeredOptimizer):
         warmup: int = 20,
         growth: float = 1.1,
         every: int = 1,
-        noise_every: int = 5,
+        correct_every: int = 5,
         curvature=None,
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
@@ -131,11 +156,11 @@ class Layerwise(LayeredOptimizer):
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
         check(every >= 1, "every", every, "at least 1")
-        check(noise_every >= 1, "noise_every", noise_every, "at least 1")
+        check(correct_every >= 1, "correct_every", correct_every, "at least 1")
         check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.noise_every = every, noise_every
+        self.every, self.correct_every = every, correct_every
         self.own, self.trust, self.caution = own, trust, caution
         self.curvature = SampledFisher() if curvature is None else curvature
 
@@ -152,14 +177,12 @@ class Layerwise(LayeredOptimizer):
         """
         self.find_layers(closure)
         search = self._search
-        if search["step"] % self.every == 0:
-            loss, directions = self._measure(closure, search)
-        else:
-            loss = closure()
-            directions = self._directions()
+        measures = search["step"] % self.every == 0
         search["step"] += 1
-        for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
-            self._move(layer, alpha, directions[layer])
+        if measures:
+            return self._measured_step(closure, search)
+        loss = closure()
+        self._descend(self._directions(), search)
         return loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -190,6 +213,10 @@ class Layerwise(LayeredOptimizer):
     def _directions(self) -> Directions:
         return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
 
+    def _descend(self, directions: Directions, search: dict) -> None:
+        for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
+            self._move(layer, alpha, directions[layer])
+
     def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
         """``θ ← (1 − α w) θ − α d``."""
         for p, d in zip(layer.parameters, direction, strict=True):
@@ -208,8 +235,19 @@ class Layerwise(LayeredOptimizer):
             state["search"] = {"step": 0, "measured": 0}
         return state["search"]
 
-    def _measure(self, minibatch: Minibatch, search: dict) -> tuple[Tensor, Directions]:
-        """Gradients, directions; the averages of slope, noise and curvature. Returns the loss and the directions."""
+    def _measured_step(self, minibatch: Minibatch, search: dict) -> Tensor:
+        """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
+        due = search["measured"] % self.correct_every == 0
+        random_state = RandomState(self._layers[0].parameters[0].device) if due else None
+        line, directions = self._measure(minibatch, search, due)
+        self._descend(directions, search)
+        if due:
+            with random_state.replayed():
+                self._compare(line, minibatch.evaluate(), search)
+        return line.loss
+
+    def _measure(self, minibatch: Minibatch, search: dict, due: bool) -> tuple[Line, Directions]:
+        """Gradients, directions; the averages of slope and curvature, and where it is due of the noise."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss = minibatch.fill_gradients(trace, retain_graph=True)
@@ -217,13 +255,13 @@ class Layerwise(LayeredOptimizer):
         length = torch.stack([dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         slope = torch.stack([dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
-        noise_is_due = search["measured"] % self.noise_every == 0
+        line_slope = (slope + self._decay_slope()) / minibatch.clipped if due else slope
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
-            if noise_is_due:
+            if due:
                 self._measure_noise(minibatch, trace, per_length, search)
         q = minibatch.mean(self.curvature(minibatch, trace, directions))
-        if minibatch.complete and noise_is_due:
+        if minibatch.complete and due:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
@@ -231,7 +269,14 @@ class Layerwise(LayeredOptimizer):
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
             search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)
         self._search_step_sizes(search, per_length)
-        return loss, directions
+        return Line(loss, line_slope, q, per_length), directions
+
+    def _decay_slope(self) -> Tensor | float:
+        """``w gᵀθ`` by layer: the slope along what decoupled decay adds to the directions."""
+        if not any(group["weight_decay"] for group in self.param_groups):
+            return 0.0
+        decay = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        return torch.stack([sum(decay[p] * dot([p.grad], [p]) for p in layer.parameters) for layer in self._layers])
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: dict) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""
@@ -243,23 +288,40 @@ class Layerwise(LayeredOptimizer):
         if minibatch.noisy:
             minibatch.noise(trace, measure)
         noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * per_length
-        count = search["measured"] // self.noise_every + 1
-        weight = max(1 - self.averaging**self.noise_every, 1 / count)  # a plain mean until the average has its length
+        count = search["measured"] // self.correct_every + 1
+        weight = max(1 - self.averaging**self.correct_every, 1 / count)  # a plain mean until the average has its length
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
+
+    def _compare(self, line: Line, loss: Tensor, search: dict) -> None:
+        """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
+        sizes = self._step_sizes(search)
+        squared_length = (sizes / line.per_length).square().sum().clamp_min(torch.finfo(sizes.dtype).tiny)
+        seen = 2 * (loss - line.loss + line.slope @ sizes) / squared_length
+        modelled = sizes @ line.curvature @ sizes / squared_length
+        past = search.get("along_step", modelled.expand(2))
+        search["along_step"] = past.lerp(torch.stack([seen, modelled]), 1 - self.averaging**self.correct_every)
+
+    def _correction(self, search: dict, share: Tensor) -> Tensor:
+        """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
+        if "along_step" not in search:
+            return torch.ones_like(share)
+        seen, modelled = search["along_step"]
+        return torch.maximum(seen / modelled.clamp_min(torch.finfo(seen.dtype).tiny), share)
 
     def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
         """The module's formulas, from averages that carry the same bias, which cancels in all of them."""
-        tiny = torch.finfo(per_length.dtype).tiny
+        tiny, length = torch.finfo(per_length.dtype).tiny, 1 / per_length
         measured, curvature = search["slope"], search["curvature"]
         slope = measured - (1 - self.averaging ** search["measured"]) * search["noise"]
         slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
         own = slope / curvature.diagonal().clamp_min(tiny)
-        common = _minimiser(slope, curvature, 1 / per_length) / per_length
+        common = _minimiser(slope, curvature, length) * length
         weight = self.own * share.square()
         u = own.pow(weight) * common.pow(1 - weight)
-        joint = _minimiser(slope, curvature, u)
-        sizes = joint * u * per_length * min(1.0, search["measured"] / self.warmup)
+        correction = self._correction(search, slope @ length / (measured @ length).clamp_min(tiny))
+        sizes = _minimiser(slope, curvature, u) / correction * u * per_length
+        sizes = sizes * min(1.0, search["measured"] / self.warmup)
         sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
         if "ceiling" in search:
             sizes = torch.minimum(sizes, search["ceiling"])

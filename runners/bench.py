@@ -46,7 +46,7 @@ IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32),
 GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (19717, 44324, 50)}  # nodes, edges, words
 # Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus this.
 INTERVALS = {
-    "every": 0, "noise_every": 0, "update_every": 0, "refresh_every": 0, "precondition_frequency": 0,
+    "every": 0, "correct_every": 0, "update_every": 0, "refresh_every": 0, "precondition_frequency": 0,
     "preconditioning_compute_steps": -1, "statistics_compute_steps": -1,
 }  # fmt: skip
 TURN = 0.05  # seconds of a turn of short steps
@@ -110,8 +110,8 @@ class Contender(Trainer):
     def _intervals(settings: DictConfig) -> dict[int, int]:
         """Interval and offset of a method's rare work."""
         found = {name: settings[name] for name in INTERVALS if settings.get(name)}
-        if "noise_every" in found:  # counted in measurements of curvature
-            found["noise_every"] *= found["every"]
+        if "correct_every" in found:  # counted in measurements of curvature
+            found["correct_every"] *= found["every"]
         return {every: INTERVALS[name] for name, every in found.items() if every > 1}
 
     def _load_data(self) -> Dataset:

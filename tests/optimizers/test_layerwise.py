@@ -167,6 +167,7 @@ def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
     optimizer = LWSGDm(model.parameters(), own=own, averaging=0.0, trust=1e9, growth=1e9, warmup=1)
     optimizer.step(small_objective(model)(*small_batch()))
     search = optimizer._search
+    search["along_step"] = torch.ones(2)  # the loss is as curved as the model
     search["slope"] = torch.ones(len(optimizer._layers))
     search["noise"] = (1 - signal) * search["slope"]
     search["curvature"] = torch.diag(torch.logspace(0, 2, len(optimizer._layers)))
@@ -182,11 +183,52 @@ def _model(sizes, search):
     return -slope @ sizes + sizes @ search["curvature"] @ sizes / 2
 
 
+class Misjudged:
+    """The exact Gauss–Newton curvature, times a factor."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, *measured):
+        return self.factor * ExactGaussNewton()(*measured)
+
+
+def test_a_model_that_is_too_flat_is_corrected_by_the_loss():
+    """A fifth of the curvature: the first step is five times too long, the next ones minimise along the gradient."""
+    objective, x, y, model = least_squares()
+    minibatch = objective(x @ torch.diag(torch.arange(1.0, 6.0, dtype=x.dtype)), y)
+    optimizer = LWSGDm(model.parameters(), momentum=0.0, curvature=Misjudged(0.2), correct_every=1, **GREEDY)
+    optimizer.step(minibatch)
+    for _ in range(3):
+        minibatch()
+        g = [model.weight.grad.clone()]
+        q = ExactGaussNewton()(minibatch, minibatch.trace(), {objective.layers[0]: g}).item()
+        optimizer.step(minibatch)
+        (layer,) = optimizer.diagnostics().values()
+        assert layer["step_size"].item() == pytest.approx((g[0] * g[0]).sum().item() / q, rel=1e-9)
+
+
+def test_a_model_that_is_too_steep_is_corrected_as_far_as_slope_is_noise():
+    """Five times the curvature: all noise lets the step grow by up to 1/κ, a full batch without noise not at all."""
+    for population, least in ((1000, 0.2), (64, 1.0)):
+        objective, x, y, model = least_squares()
+        objective.population = population
+        optimizer = LWSGDm(model.parameters(), curvature=Misjudged(5.0), correct_every=1, averaging=0.0)
+        for _ in range(10):
+            optimizer.step(objective(x, y + torch.randn(y.shape, generator=objective.generator, dtype=y.dtype)))
+        seen, modelled = optimizer._search["along_step"]
+        assert seen / modelled == pytest.approx(0.2, rel=1e-6)
+        share = torch.tensor(least, dtype=y.dtype)
+        assert optimizer._correction(optimizer._search, share) == pytest.approx(least)
+
+
 class Pinned:
     """Step sizes that are given, in place of those that are searched."""
 
+    size = 0.01
+
     def _step_sizes(self, search):
-        return torch.full((len(self._layers),), 0.01, dtype=torch.float64)
+        return torch.full((len(self._layers),), self.size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +252,22 @@ def test_descents_are_those_of_torch(method, sibling, decay):
 
 
 @BOTH
+@pytest.mark.parametrize("setting", ["plain", "decay", "clipped", "dropout"])
+def test_the_loss_seen_after_a_step_is_the_same_function_of_the_weights(method, setting):
+    """What the slope leaves of the loss's change is of second order: the same masks, decay's and the clipped slope."""
+    curvatures = []
+    for size in (1e-4, 1e-5) if method is LWSGDm else (1e-6, 1e-7):
+        torch.manual_seed(0)
+        network = nn.Sequential(perceptron(), nn.Dropout(0.5 if setting == "dropout" else 0.0))
+        objective = Objective(network, Categorical(), max_norm=0.1 if setting == "clipped" else None, population=100)
+        pinned = type("Pinned", (Pinned, method), {"size": size})
+        optimizer = pinned(network.parameters(), weight_decay=10.0 if setting == "decay" else 0.0)
+        optimizer.step(objective(*small_batch(torch.float64)))
+        curvatures.append(optimizer._search["along_step"][0])
+    assert curvatures[0] == pytest.approx(curvatures[1].item(), rel=0.05)
+
+
+@BOTH
 def test_trust_growth_and_warm_up_bound_the_steps(method):
     model = small_network()
     objective = small_objective(model)
@@ -230,11 +288,11 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
 def test_work_per_step(method, every):
     model = small_network()
     objective = small_objective(model)
-    optimizer = method(model.parameters(), every=every, noise_every=10)
+    optimizer = method(model.parameters(), every=every, correct_every=10)
     for _ in range(40):
         optimizer.step(objective(*small_batch()))
-    noise = 40 / every / 10 * 2 / 3
-    assert objective.gradient_equivalents == pytest.approx(40 + 40 / every * 2 / 3 + noise)
+    noise, comparison = 40 / every / 10 * 2 / 3, 40 / every / 10 / 3
+    assert objective.gradient_equivalents == pytest.approx(40 + 40 / every * 2 / 3 + noise + comparison)
 
 
 @BOTH

@@ -89,7 +89,7 @@ def test_two_ranks_take_the_steps_of_one(name, tmp_path):
 
 def test_ranks_may_have_none_of_the_examples_that_are_paired(tmp_path, monkeypatch):
     monkeypatch.setattr(SampledFisher, "FEWEST", 2)
-    assert_same_steps("lw_sgdm", tmp_path, curvature=SampledFisher(share=0.04), noise_every=2)
+    assert_same_steps("lw_sgdm", tmp_path, curvature=SampledFisher(share=0.04), correct_every=2)
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), Scaled(Gaussian(), 3.0)])
