@@ -43,9 +43,8 @@ flatter the longer it is: there the model is not to be lowered. Where slope is n
 
 **Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
 along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
-degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. With ``ω = 1`` a layer
-can be caught in the fall of step size and rise of curvature by itself: the MNIST autoencoder's last one is. ``ω`` is ½
-for SGD's direction and small for Adam's, which has brought the layers to one scale already.
+degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. ``ω`` is 1 for SGD's
+direction and small for Adam's, which has brought the layers to one scale already.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
 long training wants (arXiv:2407.06183): shorter steps let curvature grow, which shortens them again, until training
@@ -373,7 +372,7 @@ class LWSGDm(Layerwise):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 0.01,
-        own: float = 0.5,
+        own: float = 1.0,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
