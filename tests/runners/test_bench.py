@@ -37,9 +37,7 @@ def test_rare_work_is_spread_over_its_period(tables):
     measured = 1 / 3 + 1 / 3 * 32 / 64  # a backward pass of activations, tangents of a part of the batch; then a whole
     # gradient for the noise and the comparison every fifth time
     assert table.loc["lw_sgdm", "gradient_equivalents"] == pytest.approx(1 + measured + 1 / 5, rel=1e-5)
-    assert table.loc["lw_sgdm every=10", "gradient_equivalents"] == pytest.approx(
-        1 + (measured + 1 / 5) / 10, rel=1e-5
-    )
+    assert table.loc["lw_sgdm every=10", "gradient_equivalents"] == pytest.approx(1 + (measured + 1 / 5) / 10, rel=1e-5)
 
 
 def test_who_refuses_a_workload_is_there_with_the_reason(tables):

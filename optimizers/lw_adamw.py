@@ -1,0 +1,70 @@
+"""LW-AdamW: AdamW whose layers find their own step sizes; the rule is in ``optimizers.layerwise``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optimizers.layered import check
+from optimizers.layerwise import Layerwise
+
+
+class LWAdamW(Layerwise):
+    r"""AdamW with layer-wise adaptive step sizes.
+
+    ``m ← β₁m + (1−β₁)g``, ``v ← β₂v + (1−β₂)g²``,  ``d = m̂ / (√v̂ + ε)``,  ``θ_l ← (1 − α_l w) θ_l − α_l d_l``.
+
+    Weight decay is decoupled and scaled by the step size, as in ``torch.optim.AdamW``. The metric is approximate: ``M =
+    (1−β₁)/(1−β₁ᵗ) / (√v̂' + ε)``, where ``v̂'`` is ``v̂`` with ``e`` in it, so that no entry whose gradient happened to be
+    nearly zero counts without bound in the first steps.
+
+    Args:
+        params: parameters or parameter groups.
+        betas: ``(β₁, β₂)``, each in [0, 1).
+        eps: ``ε`` > 0.
+        weight_decay: ``w`` ≥ 0.
+        trust: ``τ``; see ``Layerwise``.
+        own: ``ω``; see ``Layerwise``.
+        caution: ``χ``; see ``Layerwise``.
+        **search: see ``Layerwise``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        trust: float = 0.05,
+        own: float = 0.1,
+        caution: float = 2.0,
+        **search,
+    ) -> None:
+        betas = tuple(betas)
+        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        check(eps > 0, "eps", eps, "positive")
+        defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, trust=trust, own=own, caution=caution, **search)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        group, state, g = self.group(parameter), self.state[parameter], parameter.grad
+        beta1, beta2 = group["betas"]
+        if "step" not in state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        state["exp_avg"].lerp_(g, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(parameter, state["exp_avg_sq"])
+
+    def _scale(self, p: Tensor, second_moment: Tensor) -> Tensor:
+        """``√v̂ + ε``."""
+        group = self.group(p)
+        return (second_moment / (1 - group["betas"][1] ** self.state[p]["step"])).sqrt_().add_(group["eps"])
+
+    def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
+        (beta1, beta2), state = self.group(parameter)["betas"], self.state[parameter]
+        second_moment = state["exp_avg_sq"].addcmul(e, e, value=1 - beta2)
+        scale = self._scale(parameter, second_moment)
+        return scale.reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1 ** state["step"]))

@@ -1,0 +1,53 @@
+"""LW-SGDm: SGD with momentum whose layers find their own step sizes; the rule is in ``optimizers.layerwise``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optimizers.layered import check
+from optimizers.layerwise import Layerwise
+
+
+class LWSGDm(Layerwise):
+    r"""SGD with momentum and layer-wise adaptive step sizes.
+
+    ``m ← β m + (1−β) g``,  ``d = m``,  ``θ_l ← (1 − α_l w) θ_l − α_l d_l``.
+
+    Momentum averages, so that ``d`` is the step's own direction and slope and curvature are those of the step; in
+    ``torch.optim.SGD``, which sums, the same step has the rate ``(1−β) α``. Weight decay is decoupled and scaled by the
+    step size. The metric is ``M = 1−β``. What is derived and what is known: see
+    ``optimizers.layerwise``.
+
+    Args:
+        params: parameters or parameter groups.
+        momentum: ``β`` in [0, 1).
+        weight_decay: ``w`` ≥ 0.
+        trust: ``τ``; see ``Layerwise``.
+        own: ``ω``; see ``Layerwise``.
+        **search: see ``Layerwise``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.01,
+        own: float = 1.0,
+        **search,
+    ) -> None:
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        defaults = {"momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults, trust=trust, own=own, **search)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        group, state = self.group(parameter), self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+        return state["exp_avg"].lerp_(parameter.grad, 1 - group["momentum"])
+
+    def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
+        return (1 - self.group(parameter)["momentum"]) * e
