@@ -44,6 +44,17 @@ def test_gradient_of_parts_is_that_of_the_batch(max_norm):
 
 
 @BOTH
+def test_a_step_of_no_length_sees_no_curvature(method):
+    """Every part is evaluated again under the masks that it had: a loss that did not move is equal to the last bit."""
+    model = nn.Sequential(perceptron(), nn.Dropout(0.5))
+    x, y = small_batch(torch.float64)
+    still = type("Still", (method,), {"_step_sizes": lambda self, search: torch.zeros(2, dtype=torch.float64)})
+    optimizer = still(model.parameters())
+    optimizer.step(halves(Objective(model, Categorical(), population=100), x, y))
+    assert optimizer._search["along_step"].tolist() == [0, 0]
+
+
+@BOTH
 def test_parts_that_are_alike_are_one_batch(method):
     """Without noise and label draws: the last part's curvature is then the batch's."""
     finals = []
