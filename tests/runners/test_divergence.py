@@ -54,7 +54,8 @@ def test_not_finite_weights_name_their_layer(train, monkeypatch):
 def test_a_gradient_that_is_not_finite(train, monkeypatch, optimizer, value):
     poison_gradient(monkeypatch, "conv2", value)
     summary = read_summary(train(*DIGITS, f"optimizer={optimizer}"))
-    assert (summary["status"], summary["diverged_at"], summary["diverged_in"]) == ("diverged", STEP + 1, "conv2")
+    seen = STEP if optimizer.startswith("lw_") else STEP + 1  # those evaluate the loss after steps 1, 6, 11, …
+    assert (summary["status"], summary["diverged_at"], summary["diverged_in"]) == ("diverged", seen, "conv2")
 
 
 def test_a_loss_that_overflows_names_the_first_layer_whose_output_does(train, monkeypatch):
