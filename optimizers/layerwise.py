@@ -29,11 +29,12 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
 noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
-measured every ``correct_every`` steps. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+measured each ``correct_every``-th time. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
 
-**Curvature of the loss itself.** Gauss–Newton leaves out how the outputs bend. Along the step the loss has half of its
-curvature on a BatchNorm ResNet, up to twice on a graph, and as much on an autoencoder, so that no one ``σ`` would suit
-them. Every ``correct_every`` steps the batch is evaluated once more, where the step has led, for a third of a gradient:
+**Curvature of the loss itself.** Gauss–Newton leaves out how the outputs bend. Along the step the loss has half of the
+model's curvature on a BatchNorm ResNet, up to three times it on a graph, and as much on an autoencoder, so that no one
+``σ`` would suit them. So every ``correct_every`` measurements the batch is evaluated once more, where the step has led,
+for a third of a gradient:
 
     η = max(⟨f(θ⁺) − f(θ) + Σ_l α_l ρ'_l⟩ / ⟨½ αᵀQα⟩, s),
 

@@ -18,8 +18,7 @@ class LWSGDm(Layerwise):
 
     Momentum averages, so that ``d`` is the step's own direction and slope and curvature are those of the step; in
     ``torch.optim.SGD``, which sums, the same step has the rate ``(1−β) α``. Weight decay is decoupled and scaled by the
-    step size. The metric is ``M = 1−β``. What is derived and what is known:
-    ``optimizers.layerwise``.
+    step size. The metric is ``M = 1−β``. What is known and what is derived: see ``optimizers.layerwise``.
 
     Args:
         params: parameters or parameter groups.
