@@ -27,7 +27,7 @@ the outputs are piecewise linear in one layer's weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from optimizers.layered import check
 from optimizers.layers import HESSIAN_VECTOR_PRODUCT, TANGENT, Call, Layer, Trace
 from optimizers.objective import Minibatch
 
-Directions = dict[Layer, list[Tensor]]
+Directions = Mapping[Layer, list[Tensor]]
 
 
 class SampledFisher:

@@ -81,7 +81,7 @@ symbol  argument         meaning
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -106,8 +106,24 @@ class Line(NamedTuple):
     """``1 / ‖d_l‖``"""
 
 
+class _Directions(Mapping):
+    """``d`` by layer, made when asked for and not kept: a copy of all parameters less."""
+
+    def __init__(self, layers: list[Layer], direction: Callable[[Tensor], Tensor]) -> None:
+        self.layers, self.direction = layers, direction
+
+    def __getitem__(self, layer: Layer) -> list[Tensor]:
+        return [self.direction(p) for p in layer.parameters]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
 class Layerwise(LayeredOptimizer):
-    """The search: step sizes for a descent that a subclass defines by ``_direction`` and ``_metric``.
+    """The search: step sizes for a descent that a subclass defines by ``_take_in``, ``_direction`` and ``_metric``.
 
     Args:
         params: parameters or parameter groups; together they must hold every trainable parameter of the model.
@@ -182,7 +198,8 @@ class Layerwise(LayeredOptimizer):
         if measures:
             return self._measured_step(closure, search)
         loss = closure()
-        self._descend(self._directions(), search)
+        self._take_in_gradients()
+        self._descend(search)
         return loss
 
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
@@ -202,28 +219,34 @@ class Layerwise(LayeredOptimizer):
 
     # The descent ------------------------------------------------------------------------------------------------------
 
+    def _take_in(self, parameter: Tensor) -> None:
+        """Take the averages that the direction is made of one step further, by a parameter's present ``.grad``."""
+        raise NotImplementedError
+
     def _direction(self, parameter: Tensor) -> Tensor:
-        """``d`` of one parameter from its present ``.grad``; takes the averages that it keeps one step further."""
+        """``d`` of one parameter, from its averages."""
         raise NotImplementedError
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         """``M e``: how the direction moves with the gradient."""
         raise NotImplementedError
 
-    def _directions(self) -> Directions:
-        return {layer: [self._direction(p) for p in layer.parameters] for layer in self._layers}
+    def _take_in_gradients(self) -> None:
+        for layer in self._layers:
+            for p in layer.parameters:
+                self._take_in(p)
 
-    def _descend(self, directions: Directions, search: dict) -> None:
+    def _descend(self, search: dict) -> None:
         for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
-            self._move(layer, alpha, directions[layer])
+            self._move(layer, alpha)
 
-    def _move(self, layer: Layer, alpha: Tensor, direction: list[Tensor]) -> None:
+    def _move(self, layer: Layer, alpha: Tensor) -> None:
         """``θ ← (1 − α w) θ − α d``."""
-        for p, d in zip(layer.parameters, direction, strict=True):
+        for p in layer.parameters:
             decay = self.group(p)["weight_decay"]
             if decay:
                 p.mul_(1 - alpha * decay)
-            p.sub_(alpha * d)
+            p.sub_(alpha * self._direction(p))
 
     # The search -------------------------------------------------------------------------------------------------------
 
@@ -239,22 +262,22 @@ class Layerwise(LayeredOptimizer):
         """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
         due = search["measured"] % self.correct_every == 0
         random_state = RandomState(self._layers[0].parameters[0].device) if due else None
-        line, directions = self._measure(minibatch, search, due)
-        self._descend(directions, search)
+        line = self._measure(minibatch, search, due)
+        self._descend(search)
         if due:
             with random_state.replayed():
                 self._compare(line, minibatch.evaluate(), search)
         return line.loss
 
-    def _measure(self, minibatch: Minibatch, search: dict, due: bool) -> tuple[Line, Directions]:
+    def _measure(self, minibatch: Minibatch, search: dict, due: bool) -> Line:
         """Gradients, directions; the averages of slope and curvature, and where it is due of the noise."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss = minibatch.fill_gradients(trace, retain_graph=True)
-        directions = self._directions()
-        length = torch.stack([dot(directions[layer], directions[layer]) for layer in self._layers]).sqrt()
+        self._take_in_gradients()
+        directions = _Directions(self._layers, self._direction)
+        slope, length = self._slope_and_length(directions)
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
-        slope = torch.stack([dot([p.grad for p in layer.parameters], directions[layer]) for layer in self._layers])
         line_slope = (slope + self._decay_slope()) / minibatch.clipped if due else slope
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
@@ -269,7 +292,15 @@ class Layerwise(LayeredOptimizer):
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
             search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)
         self._search_step_sizes(search, per_length)
-        return Line(loss, line_slope, q, per_length), directions
+        return Line(loss, line_slope, q, per_length)
+
+    def _slope_and_length(self, directions: Directions) -> tuple[Tensor, Tensor]:
+        """``gᵀd`` and ``‖d‖``, by layer."""
+        slope, squared_length = [], []
+        for layer, d in directions.items():
+            slope.append(dot([p.grad for p in layer.parameters], d))
+            squared_length.append(dot(d, d))
+        return torch.stack(slope), torch.stack(squared_length).sqrt()
 
     def _decay_slope(self) -> Tensor | float:
         """``w gᵀθ`` by layer: the slope along what decoupled decay adds to the directions."""

@@ -48,7 +48,7 @@ class LWAdamW(Layerwise):
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, trust=trust, own=own, caution=caution, **search)
 
-    def _direction(self, parameter: Tensor) -> Tensor:
+    def _take_in(self, parameter: Tensor) -> None:
         group, state, g = self.group(parameter), self.state[parameter], parameter.grad
         beta1, beta2 = group["betas"]
         if "step" not in state:
@@ -56,12 +56,16 @@ class LWAdamW(Layerwise):
         state["step"] += 1
         state["exp_avg"].lerp_(g, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        return state["exp_avg"] / (1 - beta1 ** state["step"]) / self._scale(parameter, state["exp_avg_sq"])
 
-    def _scale(self, p: Tensor, second_moment: Tensor) -> Tensor:
-        """``√v̂ + ε``."""
-        group = self.group(p)
-        return (second_moment / (1 - group["betas"][1] ** self.state[p]["step"])).sqrt_().add_(group["eps"])
+    def _direction(self, parameter: Tensor) -> Tensor:
+        (beta1, _), state = self.group(parameter)["betas"], self.state[parameter]
+        scale = self._scale(parameter, state["exp_avg_sq"].clone())
+        return (state["exp_avg"] / (1 - beta1 ** state["step"])).div_(scale)
+
+    def _scale(self, parameter: Tensor, second_moment: Tensor) -> Tensor:
+        """``√v̂ + ε``, in the second moment's place."""
+        group, step = self.group(parameter), self.state[parameter]["step"]
+        return second_moment.div_(1 - group["betas"][1] ** step).sqrt_().add_(group["eps"])
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         (beta1, beta2), state = self.group(parameter)["betas"], self.state[parameter]

@@ -42,11 +42,14 @@ class LWSGDm(Layerwise):
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, trust=trust, own=own, **search)
 
-    def _direction(self, parameter: Tensor) -> Tensor:
+    def _take_in(self, parameter: Tensor) -> None:
         group, state = self.group(parameter), self.state[parameter]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(parameter)
-        return state["exp_avg"].lerp_(parameter.grad, 1 - group["momentum"])
+        state["exp_avg"].lerp_(parameter.grad, 1 - group["momentum"])
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        return self.state[parameter]["exp_avg"]
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         return (1 - self.group(parameter)["momentum"]) * e
