@@ -153,7 +153,7 @@ class Layerwise(LayeredOptimizer):
         *,
         trust: float,
         own: float,
-        caution: float = 0.0,
+        caution: float,
         sigma: float = 2.0,
         averaging: float = 0.95,
         floor: float = 0.2,

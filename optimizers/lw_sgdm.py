@@ -26,6 +26,7 @@ class LWSGDm(Layerwise):
         weight_decay: ``w`` ≥ 0.
         trust: ``τ``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
+        caution: ``χ``; see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -34,13 +35,14 @@ class LWSGDm(Layerwise):
         params: Iterable,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        trust: float = 0.01,
+        trust: float = 0.02,
         own: float = 1.0,
+        caution: float = 1.5,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, trust=trust, own=own, **search)
+        super().__init__(params, defaults, trust=trust, own=own, caution=caution, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
         group, state = self.group(parameter), self.state[parameter]
