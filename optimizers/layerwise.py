@@ -54,13 +54,14 @@ edge is momentum's own only if ``d`` is the direction of the step, momentum incl
 ``λ`` leaves ``(1−β)/(1+β)`` of itself in an average, and ``α = 2 ρ/q`` then means ``αλ = 2 (1+β)/(1−β)``, where
 averaged momentum just stays stable. With ``d = g`` the same ``σ`` stops at half of that or less.
 
-**Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units. So ``α_l
-‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``. SGD's direction vanishes with the gradient, and a small ``τ`` with ``χ = 0`` will do; Adam's
-keeps its length when the examples are fitted and slope and curvature are next to nothing, where only a bound that
-shrinks with the share of signal holds (``χ = 2``). Step sizes start at ``1/warmup`` of their value and grow by a factor
-of at most ``growth`` from step to step, because curvature rises while steps grow and its average lags behind. They may
-fall at any pace, and after a fall regain half of their last ceiling at once.
+**Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a
+deep autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units.
+So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``: a step that is mostly noise must be shorter still. On a BatchNorm CNN long noisy
+steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit
+of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and curvature are next to
+nothing. Step sizes start at ``1/warmup`` of their value and grow by a factor of at most ``growth`` from step to step,
+because curvature rises while steps grow and its average lags behind. They may fall at any pace, and after a fall
+regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
