@@ -291,6 +291,20 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
 
 
 @BOTH
+@pytest.mark.parametrize("caution", [0.0, 1.5])
+@pytest.mark.parametrize(("signal", "share"), [(1.0, 1.0), (0.5, 0.5), (0.1, 0.2)])  # the floor is a fifth
+def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
+    """Where the model has next to no curvature, a layer moves by τ s^χ of its weights."""
+    model = small_network()
+    optimizer = method(model.parameters(), trust=0.02, caution=caution, averaging=0.0, growth=1e9, warmup=1)
+    optimizer.step(small_objective(model)(*small_batch()))
+    search, one = optimizer._search, torch.ones(len(optimizer._layers))
+    search |= {"slope": one, "noise": (1 - signal) * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
+    optimizer._search_step_sizes(search, per_length=one)
+    torch.testing.assert_close(search["step_size"], 0.02 * share**caution * optimizer._weight_norms())
+
+
+@BOTH
 @pytest.mark.parametrize("every", [1, 4])
 def test_work_per_step(method, every):
     model = small_network()
