@@ -136,8 +136,9 @@ class Layerwise(LayeredOptimizer):
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
-        growth: largest growth of a step size from step to step, above 1.
+        growth: largest growth of a step size from measurement to measurement, above 1.
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
+        settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
         correct_every: measure the noise in the slope and the loss's own curvature every so many curvature measurements.
         curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
 
@@ -146,6 +147,9 @@ class Layerwise(LayeredOptimizer):
     """
 
     takes_parts = True
+
+    #: Measurements that an average is made of, at least.
+    FEWEST = 5
 
     def __init__(
         self,
@@ -161,6 +165,7 @@ class Layerwise(LayeredOptimizer):
         warmup: int = 20,
         growth: float = 1.1,
         every: int = 1,
+        settling: int = 100,
         correct_every: int = 5,
         curvature=None,
     ) -> None:
@@ -173,11 +178,12 @@ class Layerwise(LayeredOptimizer):
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
         check(every >= 1, "every", every, "at least 1")
+        check(settling >= 0, "settling", settling, "at least 0")
         check(correct_every >= 1, "correct_every", correct_every, "at least 1")
         check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
         super().__init__(params, {"lr": sigma} | defaults)
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
-        self.every, self.correct_every = every, correct_every
+        self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.trust, self.caution = own, trust, caution
         self.curvature = SampledFisher() if curvature is None else curvature
 
@@ -194,7 +200,7 @@ class Layerwise(LayeredOptimizer):
         """
         self.find_layers(closure)
         search = self._search
-        measures = search["step"] % self.every == 0
+        measures = search["step"] < self.settling or search["step"] % self.every == 0
         search["step"] += 1
         if measures:
             return self._measured_step(closure, search)
@@ -208,7 +214,7 @@ class Layerwise(LayeredOptimizer):
         search = self._search
         if "step_size" not in search or not self._layers:
             return {}
-        bias = 1 - self.averaging ** search["measured"]
+        bias = 1 - self._absent(search)
         columns = {
             "step_size": self._step_sizes(search),
             "slope": search["slope"] / bias - search["noise"],
@@ -259,6 +265,20 @@ class Layerwise(LayeredOptimizer):
             state["search"] = {"step": 0, "measured": 0}
         return state["search"]
 
+    @property
+    def _span(self) -> float:
+        """Steps that a measurement stands for in the averages, once settled; ``FEWEST`` are averaged at least."""
+        return min(self.every, max(1, 1 / (1 - self.averaging) / self.FEWEST))
+
+    def _past(self, search: dict) -> float:
+        """Weight of the past in an average when a measurement is added."""
+        return self.averaging ** (1 if search["measured"] <= self.settling else self._span)
+
+    def _absent(self, search: dict) -> float:
+        """Weight that the measurements so far do not have in the averages."""
+        late = max(search["measured"] - self.settling, 0)
+        return self.averaging ** (search["measured"] - late + late * self._span)
+
     def _measured_step(self, minibatch: Minibatch, search: dict) -> Tensor:
         """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
         due = search["measured"] % self.correct_every == 0
@@ -290,8 +310,9 @@ class Layerwise(LayeredOptimizer):
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
         search["measured"] += 1
+        past = self._past(search)
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
-            search[name] = value * (1 - self.averaging) + (search[name] * self.averaging if name in search else 0)
+            search[name] = value * (1 - past) + (search[name] * past if name in search else 0)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
 
@@ -321,7 +342,8 @@ class Layerwise(LayeredOptimizer):
             minibatch.noise(trace, measure)
         noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * per_length
         count = search["measured"] // self.correct_every + 1
-        weight = max(1 - self.averaging**self.correct_every, 1 / count)  # a plain mean until the average has its length
+        # a plain mean until the average has its length
+        weight = max(1 - self._past(search) ** self.correct_every, 1 / count)
         search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
 
     def _compare(self, line: Line, loss: Tensor, search: dict) -> None:
@@ -331,7 +353,8 @@ class Layerwise(LayeredOptimizer):
         seen = 2 * (loss - line.loss + line.slope @ sizes) / squared_length
         modelled = sizes @ line.curvature @ sizes / squared_length
         past = search.get("along_step", modelled.expand(2))
-        search["along_step"] = past.lerp(torch.stack([seen, modelled]), 1 - self.averaging**self.correct_every)
+        weight = 1 - self._past(search) ** self.correct_every
+        search["along_step"] = past.lerp(torch.stack([seen, modelled]), weight)
 
     def _correction(self, search: dict, share: Tensor) -> Tensor:
         """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
@@ -344,7 +367,7 @@ class Layerwise(LayeredOptimizer):
         """The module's formulas, from averages that carry the same bias, which cancels in all of them."""
         tiny, length = torch.finfo(per_length.dtype).tiny, 1 / per_length
         measured, curvature = search["slope"], search["curvature"]
-        slope = measured - (1 - self.averaging ** search["measured"]) * search["noise"]
+        slope = measured - (1 - self._absent(search)) * search["noise"]
         slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
         own = slope / curvature.diagonal().clamp_min(tiny)

@@ -309,11 +309,26 @@ def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
 def test_work_per_step(method, every):
     model = small_network()
     objective = small_objective(model)
-    optimizer = method(model.parameters(), every=every, correct_every=10)
+    optimizer = method(model.parameters(), every=every, settling=20, correct_every=5)
     for _ in range(40):
         optimizer.step(objective(*small_batch()))
-    noise, comparison = 40 / every / 10 * 2 / 3, 40 / every / 10 / 3
-    assert objective.gradient_equivalents == pytest.approx(40 + 40 / every * 2 / 3 + noise + comparison)
+    measured = 20 + 20 / every
+    noise, comparison = measured / 5 * 2 / 3, measured / 5 / 3
+    assert objective.gradient_equivalents == pytest.approx(40 + measured * 2 / 3 + noise + comparison)
+
+
+@BOTH
+@pytest.mark.parametrize("every", [1, 4, 10])
+def test_averages_are_unbiased_however_often_they_are_measured(method, every):
+    """Where every batch is the same and no step is taken, the averages are what each measurement says."""
+    model = small_network()
+    optimizer = method(model.parameters(), every=every, settling=10, sigma=1e-30, curvature=ExactGaussNewton())
+    for _ in range(60):
+        optimizer.step(small_objective(model)(*small_batch()))
+    measured = {layer: values["curvature"].item() for layer, values in optimizer.diagnostics().items()}
+    fresh = method(model.parameters(), sigma=1e-30, curvature=ExactGaussNewton())
+    fresh.step(small_objective(model)(*small_batch()))
+    assert measured == pytest.approx({k: v["curvature"].item() for k, v in fresh.diagnostics().items()}, rel=0.02)
 
 
 @BOTH
