@@ -60,8 +60,8 @@ So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``: a step that is mostly noise m
 steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit
 of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and curvature are next to
 nothing. Step sizes start at ``1/warmup`` of their value and grow by a factor of at most ``growth`` at each
-measurement, because curvature rises while steps grow and its average lags behind. They may fall at any pace, and after a fall
-regain half of their last ceiling at once.
+measurement, because curvature rises while steps grow and its average lags behind. They may fall at any pace, and
+after a fall regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
