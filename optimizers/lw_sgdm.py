@@ -27,6 +27,7 @@ class LWSGDm(Layerwise):
         trust: ``τ``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
+        warmup: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -38,11 +39,12 @@ class LWSGDm(Layerwise):
         trust: float = 0.02,
         own: float = 1.0,
         caution: float = 1.5,
+        warmup: int = 5,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, trust=trust, own=own, caution=caution, **search)
+        super().__init__(params, defaults, trust=trust, own=own, caution=caution, warmup=warmup, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
         group, state = self.group(parameter), self.state[parameter]
