@@ -88,7 +88,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.curvature import Directions, SampledFisher
+from optimizers.curvature import SampledFisher
 from optimizers.layered import LayeredOptimizer, RandomState, check, dot
 from optimizers.layers import Layer, Trace
 from optimizers.objective import Minibatch
@@ -294,17 +294,24 @@ class Layerwise(LayeredOptimizer):
         """Gradients, directions; the averages of slope and curvature, and where it is due of the noise."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
-        loss = minibatch.fill_gradients(trace, retain_graph=True)
-        self._take_in_gradients()
-        directions = _Directions(self._layers, self._direction)
-        slope, length = self._slope_and_length(directions)
+        lines: dict[torch.nn.Parameter, Tensor] = {}
+
+        def take(p: torch.nn.Parameter) -> None:
+            self._take_in(p)
+            d, decay = self._direction(p), self.group(p)["weight_decay"]
+            lines[p] = torch.stack([dot([p.grad], [d]), dot([d], [d]), dot([p.grad], [p]) * decay])
+
+        loss = minibatch.visit_gradients(trace, take)
+        by_layer = torch.stack([sum(lines[p] for p in layer.parameters) for layer in self._layers])
+        slope, squared_length, decay_slope = by_layer.unbind(1)
+        length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
-        line_slope = (slope + self._decay_slope()) / minibatch.clipped if due else slope
+        line_slope = (slope + decay_slope) / minibatch.clipped
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
             if due:
                 self._measure_noise(minibatch, trace, per_length, search)
-        q = minibatch.mean(self.curvature(minibatch, trace, directions))
+        q = minibatch.mean(self.curvature(minibatch, trace, _Directions(self._layers, self._direction)))
         if minibatch.complete and due:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
@@ -315,21 +322,6 @@ class Layerwise(LayeredOptimizer):
             search[name] = value * (1 - past) + (search[name] * past if name in search else 0)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
-
-    def _slope_and_length(self, directions: Directions) -> tuple[Tensor, Tensor]:
-        """``gᵀd`` and ``‖d‖``, by layer."""
-        slope, squared_length = [], []
-        for layer, d in directions.items():
-            slope.append(dot([p.grad for p in layer.parameters], d))
-            squared_length.append(dot(d, d))
-        return torch.stack(slope), torch.stack(squared_length).sqrt()
-
-    def _decay_slope(self) -> Tensor | float:
-        """``w gᵀθ`` by layer: the slope along what decoupled decay adds to the directions."""
-        if not any(group["weight_decay"] for group in self.param_groups):
-            return 0.0
-        decay = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
-        return torch.stack([sum(decay[p] * dot([p.grad], [p]) for p in layer.parameters) for layer in self._layers])
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: dict) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""

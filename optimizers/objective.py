@@ -198,6 +198,31 @@ class Minibatch:
                 p.grad = self._penalised(p, g)
         return self._finish(self.loss(trace.outputs).detach())
 
+    def visit_gradients(self, trace: Trace, visit: Callable[[nn.Parameter], None]) -> Tensor:
+        """``visit(parameter)`` with each parameter's ``.grad``; returns the mean loss, detached. Keeps the graph.
+
+        A gradient is dropped once it has been seen, before the next is made, unless something is made of the whole:
+        its norm (clipping), a mean over parts or ranks, or the comparison with a second draw (``noise``, ``complete``).
+        """
+        parameters = [p for layer in self.objective.layers for p in layer.parameters]
+        if self.objective.max_norm is not None or self.parts > 1 or self.ranks > 1 or self.complete:
+            loss = self.fill_gradients(trace, retain_graph=True)
+            for p in parameters:
+                visit(p)
+            return loss
+        left = dict.fromkeys(parameters)
+
+        def take(p: nn.Parameter, g: Tensor) -> None:
+            del left[p]
+            p.grad = self._penalised(p, g)
+            visit(p)
+            p.grad = None
+
+        trace.each_gradient(self.residual(trace.outputs) / self.size, take, retain_graph=True)
+        for p in list(left):  # the outputs do not depend on it
+            take(p, torch.zeros_like(p))
+        return self.loss(trace.outputs).detach()
+
     def noise(self, trace: Trace | None, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         r"""A random ``e`` with the second moment of the noise in the mean gradient that ``.grad`` holds.
 

@@ -91,6 +91,33 @@ def test_moving_scale_from_layer_to_layer_changes_nothing_without_noise(method):
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("kept", [{}, {"max_norm": 0.1}, {"population": 4}], ids=["passing", "clipped", "complete"])
+def test_gradients_are_seen_as_autograd_makes_them_and_kept_only_where_the_whole_is_needed(kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    model.unused = nn.Linear(2, 2).double()
+    model.forward = lambda x: model[:3](x)
+    penalty = {model[0].weight: 0.7}
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    minibatch = Objective(model, Gaussian(), penalty=penalty, **kept)(x, y)
+    used = [*model[0].parameters(), *model[2].parameters()]
+    expected = dict(zip(used, torch.autograd.grad(minibatch.loss(model(x)), used), strict=True))
+    if "max_norm" in kept:
+        scale = 0.1 / (nn.utils.get_total_norm(expected.values()) + 1e-6)
+        expected = {p: g * scale for p, g in expected.items()}
+    seen = {}
+
+    def visit(p):
+        seen[p] = p.grad.clone()
+        together = sum(q.grad is not None for q in model.parameters())
+        assert together == (len(used) + 2 if kept else 1)
+
+    loss = minibatch.visit_gradients(minibatch.trace(keep_outputs=False), visit)
+    torch.testing.assert_close(loss, minibatch.evaluate())
+    for p in model.parameters():
+        torch.testing.assert_close(seen[p], expected.get(p, torch.zeros_like(p)), rtol=1e-12, atol=1e-14)
+
+
 def test_corrected_slope_is_unbiased():
     """Over batches drawn from an unlimited population, E[gᵀg − eᵀe] = ‖E g‖²; gᵀg alone is not near it."""
     torch.manual_seed(0)
