@@ -58,6 +58,10 @@ class LayeredOptimizer(torch.optim.Optimizer):
             self._layers = layers
         return layers
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: torch's keeps no settings. Layers are found anew, a scheduler's ``step`` stays."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_layers", "_group_of", "step")}
+
     def state_dict(self) -> dict:
         """As of every optimizer, and beside it ``method`` and ``shapes``: whose it is."""
         return super().state_dict() | self._identity()

@@ -82,6 +82,7 @@ symbol  argument         meaning
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -177,11 +178,14 @@ class Layerwise(LayeredOptimizer):
         check(trust > 0, "trust", trust, "positive")
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
-        check(every >= 1, "every", every, "at least 1")
+        check(every >= 1 and every == int(every), "every", every, "a whole number, at least 1")
         check(settling >= 0, "settling", settling, "at least 0")
-        check(correct_every >= 1, "correct_every", correct_every, "at least 1")
-        check(defaults["weight_decay"] >= 0, "weight_decay", defaults["weight_decay"], "at least 0")
+        whole = correct_every >= 1 and correct_every == int(correct_every)
+        check(whole, "correct_every", correct_every, "a whole number, at least 1")
         super().__init__(params, {"lr": sigma} | defaults)
+        for group in self.param_groups:
+            check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
+            check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
         self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
         self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.trust, self.caution = own, trust, caution
@@ -196,10 +200,13 @@ class Layerwise(LayeredOptimizer):
 
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
-            ValueError: the parameter groups do not hold all of the model's trainable parameters.
+            ValueError: the parameter groups do not hold all of the model's trainable parameters, or divide a layer
+                between step-size scales.
         """
-        self.find_layers(closure)
+        known = self._layers
         search = self._search
+        if self.find_layers(closure) is not known:
+            self._check_layers(search)
         measures = search["step"] < self.settling or search["step"] % self.every == 0
         search["step"] += 1
         if measures:
@@ -264,6 +271,18 @@ class Layerwise(LayeredOptimizer):
         if "search" not in state:
             state["search"] = {"step": 0, "measured": 0}
         return state["search"]
+
+    def _check_layers(self, search: dict) -> None:
+        """Layers have one step size each; where others train than before, what was measured is of no use."""
+        for layer in self._layers:
+            sigma = {self.group(p)["lr"] for p in layer.parameters}
+            if len(sigma) > 1:
+                raise ValueError(f"layer '{layer.name}' has one step size, but groups of lr (sigma) {sorted(sigma)}")
+        names = zlib.crc32("\n".join(layer.name for layer in self._layers).encode())  # torch loads no text in states
+        if search.get("layers", names) != names:
+            search.clear()
+            search.update(step=0, measured=0)
+        search["layers"] = names
 
     @property
     def _span(self) -> float:

@@ -22,9 +22,7 @@ WEIGHTS = "checkpoint.pt"  # of a run that has ended
 
 def save(folder: Path, state: dict) -> None:
     """Write a checkpoint beside the present one; those before that one go."""
-    content = io.BytesIO()  # in memory first: a digest of what was meant, not of what a full disk made of it
-    torch.save(state, content)
-    content = content.getbuffer()
+    content = _serialised(state)  # in memory first: a digest of what was meant, not of what a full disk made of it
     earlier = _checkpoints(folder)
     number = _number(earlier[0]) + 1 if earlier else 1
     name = f"checkpoint-{number}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
@@ -62,7 +60,14 @@ def finish(folder: Path) -> None:
 
 def save_weights(folder: Path, weights: dict) -> None:
     """Keep the model's weights of a run that has ended."""
-    replace_file(folder / WEIGHTS, lambda file: torch.save({"model": weights}, file))
+    content = _serialised({"model": weights})  # torch's own writer says nothing of a full disk
+    replace_file(folder / WEIGHTS, lambda file: file.write_bytes(content))
+
+
+def _serialised(state: dict) -> memoryview:
+    content = io.BytesIO()
+    torch.save(state, content)
+    return content.getbuffer()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def _budget(cfg: DictConfig) -> dict:
             f"budget is given twice ({', '.join(f'{k}={v}' for k, v in given.items())}); give one of them"
         )
     ((unit, value),) = given.items()
-    if not _number(value) or value <= 0 or (unit != "seconds" and value != int(value)):
+    if not _number(value) or not 0 < value < math.inf or (unit != "seconds" and value != int(value)):
         kind = "number" if unit == "seconds" else "whole number"
         raise ConfigError(f"budget.{unit} is {value}; type a positive {kind}")
     return {name: value if name == unit else None for name in ("epochs", "steps", "seconds")}
@@ -169,13 +170,16 @@ def _check(cfg: DictConfig) -> None:
     for path, target in _targets(OmegaConf.to_container(cfg)):
         if not _is_declared(target):
             raise ConfigError(f"{path} is {target}; only these packages may be named: {', '.join(CALLABLE)}")
-    for field in ("seed", "threads"):
-        least = 0 if field == "seed" else 1
-        if not isinstance(cfg[field], int) or isinstance(cfg[field], bool) or cfg[field] < least:
-            raise ConfigError(f"{field} is {cfg[field]}; type a whole number of at least {least}")
-    for field, value in cfg.optimizer.items():
-        if _number(value) and value < 0:
-            raise ConfigError(f"optimizer.{field} is {value}; type a number of at least 0")
+    for field, least in (("seed", 0), ("threads", 1), ("task.evaluate_every", 1)):
+        value = OmegaConf.select(cfg, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{field} is {value}; type a whole number of at least {least}")
+    numbers = {f"optimizer.{field}": value for field, value in cfg.optimizer.items() if field == "lr" or _number(value)}
+    for field, value in ({"task.penalty": cfg.task.penalty} | numbers).items():
+        if value is not None and not (_number(value) and value >= 0):
+            raise ConfigError(f"{field} is {value}; type a number of at least 0")
+    if not isinstance(cfg.holdout, bool):
+        raise ConfigError(f"holdout is {cfg.holdout}; type true or false")
     if cfg.task.dtype not in DTYPES:
         raise ConfigError(f"task.dtype is {cfg.task.dtype}; choose one of {', '.join(DTYPES)}")
     if cfg.task.dtype == "bfloat16" and cfg.task.family == "gcn":

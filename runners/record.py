@@ -56,6 +56,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # a disk that fills while it is written to does not say which
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -397,3 +397,31 @@ def test_bad_input(method):
 
 def test_default_estimator_is_the_sampled_fisher():
     assert isinstance(LWSGDm(small_network().parameters()).curvature, SampledFisher)
+
+
+@BOTH
+def test_freezing_and_unfreezing_between_steps_begins_the_search_anew(method):
+    model = small_network()
+    optimizer = method(model.parameters())
+    objective = small_objective(model, population=100)
+    for trains in (True, False, True):
+        model[0].requires_grad_(trains)
+        objective.refresh()
+        for _ in range(3):
+            before = [p.detach().clone() for p in model[0].parameters()]
+            assert optimizer.step(objective(*small_batch())).isfinite()
+            moved = not all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=True))
+            assert moved == trains
+
+
+@BOTH
+def test_impossible_groups_are_refused(method):
+    model = small_network()
+    weights, others = [model[0].weight], [p for p in model.parameters() if p is not model[0].weight]
+    with pytest.raises(ValueError, match=r"lr=-3\.0 is impossible"):
+        method([{"params": weights, "lr": -3.0}, {"params": others}])
+    with pytest.raises(ValueError, match=r"weight_decay=-1\.0 is impossible"):
+        method([{"params": weights}, {"params": others, "weight_decay": -1.0}])
+    optimizer = method([{"params": weights, "lr": 1.0}, {"params": others}])
+    with pytest.raises(ValueError, match="layer '0' has one step size"):
+        optimizer.step(small_objective(model, population=100)(*small_batch()))

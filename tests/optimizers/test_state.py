@@ -1,6 +1,7 @@
 """What surrounds an optimizer in training: states, schedulers, clipping, accumulation, autocast, compiled models."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -31,6 +32,24 @@ def parameters(model):
 
 def equal(ours, theirs):
     return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_copy_goes_on_like_the_original(name, how):
+    model, optimizer, objective = trained(name)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    copied_model, copied = how((model, optimizer))
+    again = cases.small_objective(copied_model, population=100)
+    again.generator.set_state(objective.generator.get_state())
+    for _ in range(3):
+        random_state = torch.get_rng_state()
+        step(name, optimizer, objective(*cases.small_batch()))
+        torch.set_rng_state(random_state)
+        step(name, copied, again(*cases.small_batch()))
+    assert equal(parameters(copied_model), parameters(model))
 
 
 @pytest.mark.parametrize("name", cases.NAMES)

@@ -60,3 +60,11 @@ def test_traced_peak_counts_what_lives_at_one_time():
         return kept
 
     assert traced_peak(work) == 12000
+
+
+def test_a_disk_that_fills_is_named_with_the_file(tmp_path):
+    def write(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.csv'"):
+        record.replace_file(tmp_path / "metrics.csv", write)
