@@ -313,16 +313,7 @@ class Layerwise(LayeredOptimizer):
         """Gradients, directions; the averages of slope and curvature, and where it is due of the noise."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
-        lines: dict[torch.nn.Parameter, Tensor] = {}
-
-        def take(p: torch.nn.Parameter) -> None:
-            self._take_in(p)
-            d, decay = self._direction(p), self.group(p)["weight_decay"]
-            lines[p] = torch.stack([dot([p.grad], [d]), dot([d], [d]), dot([p.grad], [p]) * decay])
-
-        loss = minibatch.visit_gradients(trace, take)
-        by_layer = torch.stack([sum(lines[p] for p in layer.parameters) for layer in self._layers])
-        slope, squared_length, decay_slope = by_layer.unbind(1)
+        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         line_slope = (slope + decay_slope) / minibatch.clipped
@@ -341,6 +332,19 @@ class Layerwise(LayeredOptimizer):
             search[name] = value * (1 - past) + (search[name] * past if name in search else 0)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
+
+    def _see_gradients(self, minibatch: Minibatch, trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take every gradient in; the loss, and by layer ``gᵀd``, ``‖d‖²`` and the slope ``w gᵀθ`` along decay."""
+        seen: dict[torch.nn.Parameter, Tensor] = {}
+
+        def see(p: torch.nn.Parameter) -> None:
+            self._take_in(p)
+            d, decay = self._direction(p), self.group(p)["weight_decay"]
+            seen[p] = torch.stack([dot([p.grad], [d]), dot([d], [d]), dot([p.grad], [p]) * decay])
+
+        loss = minibatch.visit_gradients(trace, see)
+        by_layer = torch.stack([sum(seen[p] for p in layer.parameters) for layer in self._layers])
+        return loss, *by_layer.unbind(1)
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: dict) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""

@@ -161,8 +161,7 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
         choices = [*place, f"optimizer={name}", *(f"++optimizer.{setting}" for setting in settings)]
         composed = hydra.compose("config", choices)
         OmegaConf.resolve(composed)
-        if "settling" in composed.optimizer:
-            composed.optimizer.settling = 0  # steps as they are in the long run
+        composed.optimizer.update({field: value for field, value in cfg.steady.items() if field in composed.optimizer})
         check_callables(composed)
         dataset = dataset or stand_in(composed.task)
         if contenders and time.monotonic() > until:
