@@ -5,7 +5,7 @@ import sys
 import pandas as pd
 import pytest
 
-from runners.bench import Contender, stand_in
+from runners.bench import Contender, draw, stand_in
 from runners.config import CONFIGS
 
 
@@ -83,3 +83,10 @@ def test_kinds_of_steps_are_weighted_by_how_often_they_are():
     costs = pd.Series([9.0, 1.0, 3.0, 1.0, 7.0, 1.0])
     assert contender.mean(costs) == (7 + 1 + 3 + 1) / 4
     assert contender.mean(costs[:4]) == (9 + 1 + 3 + 1) / 4  # no later step of the rarest kind: the first
+
+
+@pytest.mark.parametrize("methods", [["sgdm"], ["sgdm", "lw_sgdm every=10"]])
+def test_a_benchmark_of_one_method_is_drawn_too(tmp_path, methods):
+    table = pd.DataFrame({"workload": "gcn_sbm", "optimizer": methods, "time_ratio": 1.2, "memory_ratio": 1.0})
+    draw(table, tmp_path, "one thread")
+    assert (tmp_path / "bench.png").stat().st_size > 1000
