@@ -77,7 +77,16 @@ def stochastic_block_model(
         validation: number of validation nodes.
         test: number of test nodes.
         seed: seed of the graph; part of the task, not of a run.
+
+    Raises:
+        ValueError: the nodes cannot be split so.
     """
+    labelled = communities * train_per_class + validation + test
+    if nodes % communities or nodes < labelled:
+        raise ValueError(
+            f"nodes is {nodes}; use a multiple of the {communities} communities and at least {labelled}, which are "
+            f"{train_per_class} training nodes of each, {validation} for validation and {test} for testing"
+        )
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(nodes) % communities
     same = labels[:, None] == labels

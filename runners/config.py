@@ -170,8 +170,7 @@ def _check(cfg: DictConfig) -> None:
     for path, target in _targets(OmegaConf.to_container(cfg)):
         if not _is_declared(target):
             raise ConfigError(f"{path} is {target}; only these packages may be named: {', '.join(CALLABLE)}")
-    for field, least in (("seed", 0), ("threads", 1), ("task.evaluate_every", 1)):
-        value = OmegaConf.select(cfg, field)
+    for field, value, least in _whole_numbers(cfg):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{field} is {value}; type a whole number of at least {least}")
     numbers = {f"optimizer.{field}": value for field, value in cfg.optimizer.items() if field == "lr" or _number(value)}
@@ -193,6 +192,17 @@ def _check(cfg: DictConfig) -> None:
             f"task.batch_size is {size}, of which {ranks} ranks cannot have equal parts; type a multiple of {ranks} "
             "(graphs, whose rows depend on one another, are for one rank)"
         )
+
+
+def _whole_numbers(cfg: DictConfig) -> Iterator[tuple[str, object, int]]:
+    """The fields that must be whole numbers: path, value, and the least that it can be."""
+    yield from (("seed", cfg.seed, 0), ("threads", cfg.threads, 1), ("task.evaluate_every", cfg.task.evaluate_every, 1))
+    for path, value in _leaves(OmegaConf.to_container(cfg.task.model), "task.model"):
+        if _number(value) and not path.endswith(".dropout"):  # all else that a net is given are sizes and counts
+            yield path, value, 1
+    for field in ("step_size", "T_max"):
+        if field in cfg.schedule:
+            yield f"schedule.{field}", cfg.schedule[field], 1
 
 
 def _is_declared(name: str) -> bool:

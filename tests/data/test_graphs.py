@@ -57,6 +57,12 @@ def test_the_splits_share_the_graph_and_no_node(sbm):
     assert all(len(s.rows) == len(s.targets) for s in splits(sbm))
 
 
+@pytest.mark.parametrize("nodes", [10, 1003])
+def test_a_block_model_that_cannot_be_split_is_refused(nodes):
+    with pytest.raises(ValueError, match=rf"nodes is {nodes}; use a multiple of the 5 communities and at least 800"):
+        block_model(nodes=nodes)
+
+
 def test_block_model_is_what_it_says(sbm):
     x, adjacency = sbm.train.inputs
     assert x.shape == (1000, 500)
