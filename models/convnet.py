@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 
-class ConvNet(nn.Module):
-    """Two bias-free 3×3 convolutions, each with BatchNorm and ReLU, the second with stride 2, and a linear layer.
+class ConvNet(nn.Sequential):
+    """Bias-free 3×3 convolutions, each with BatchNorm and ReLU, and a linear layer: logits `(m, classes)` of images.
+
+    All but the first have stride 2 and halve the images, rounding up.
 
     Args:
-        channels: outputs of the two convolutions.
+        channels: outputs of the convolutions, at least one.
         classes: number of classes.
-        in_channels: channels of the images.
-        size: height and width of the images, even.
+        in_channels: channels of the images `(m, in_channels, size, size)`.
+        size: height and width of the images.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, in_channels: int, size: int) -> None:
-        super().__init__()
-        first, second = channels
-        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(first)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(second)
-        self.relu2 = nn.ReLU()
-        self.linear = nn.Linear(second * (size // 2) ** 2, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits `(m, classes)` of images `(m, in_channels, size, size)`."""
-        hidden = self.relu1(self.bn1(self.conv1(images)))
-        hidden = self.relu2(self.bn2(self.conv2(hidden)))
-        return self.linear(hidden.flatten(1))
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (width, last) in enumerate(zip(channels, (in_channels, *channels), strict=False), 1):
+            stride = 1 if i == 1 else 2
+            layers[f"conv{i}"] = nn.Conv2d(last, width, 3, stride, padding=1, bias=False)
+            layers[f"bn{i}"] = nn.BatchNorm2d(width)
+            layers[f"relu{i}"] = nn.ReLU()
+            size = -(-size // stride)
+        layers["flatten"] = nn.Flatten()
+        layers["linear"] = nn.Linear(channels[-1] * size**2, classes)
+        super().__init__(layers)

@@ -51,9 +51,10 @@ cases = pytest.mark.parametrize(
         (vgg([2, 2, 3, 3, 3], 100, batch_norm=True), (torch.rand(3, 3, 32, 32),), (3, 100)),
         (build(LeNet, 10), (torch.rand(3, 1, 28, 28),), (3, 10)),
         (build(ConvNet, [16, 32], 10, 1, 8), (torch.rand(3, 1, 8, 8),), (3, 10)),
+        (build(ConvNet, [4, 8, 8], 10, 1, 7), (torch.rand(3, 1, 7, 7),), (3, 10)),
         (build(GCN, 7, 16, 5), (FEATURES, ADJACENCY), (6, 5)),
     ],
-    ids=["autoencoder", "resnet8", "resnet32", "vgg11", "vgg16bn", "lenet", "convnet", "gcn"],
+    ids=["autoencoder", "resnet8", "resnet32", "vgg11", "vgg16bn", "lenet", "convnet", "convnet3", "gcn"],
 )
 
 
