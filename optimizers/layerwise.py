@@ -134,10 +134,10 @@ class Layerwise(LayeredOptimizer):
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
+        growth: largest growth of a step size from measurement to measurement, above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
-        growth: largest growth of a step size from measurement to measurement, above 1.
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
         settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
         correct_every: measure the noise in the slope and the loss's own curvature every so many curvature measurements.
@@ -161,10 +161,10 @@ class Layerwise(LayeredOptimizer):
         own: float,
         caution: float,
         warmup: int,
+        growth: float,
         sigma: float = 2.0,
         averaging: float = 0.95,
         floor: float = 0.2,
-        growth: float = 1.1,
         every: int = 1,
         settling: int = 100,
         correct_every: int = 5,

@@ -29,6 +29,7 @@ class LWAdamW(Layerwise):
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
+        growth: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -42,13 +43,15 @@ class LWAdamW(Layerwise):
         own: float = 0.1,
         caution: float = 2.0,
         warmup: int = 20,
+        growth: float = 1.05,
         **search,
     ) -> None:
         betas = tuple(betas)
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, trust=trust, own=own, caution=caution, warmup=warmup, **search)
+        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth}
+        super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
         group, state, g = self.group(parameter), self.state[parameter], parameter.grad

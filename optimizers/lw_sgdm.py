@@ -28,6 +28,7 @@ class LWSGDm(Layerwise):
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
+        growth: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -40,11 +41,13 @@ class LWSGDm(Layerwise):
         own: float = 1.0,
         caution: float = 1.5,
         warmup: int = 5,
+        growth: float = 1.1,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults, trust=trust, own=own, caution=caution, warmup=warmup, **search)
+        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth}
+        super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
         group, state = self.group(parameter), self.state[parameter]
