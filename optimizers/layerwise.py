@@ -59,9 +59,11 @@ deep autoencoder a tenth of the greedy step triples the loss, and on a graph ste
 So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``: a step that is mostly noise must be shorter still. On a BatchNorm CNN long noisy
 steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit
 of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and curvature are next to
-nothing. Step sizes start at ``1/warmup`` of their value and grow by a factor of at most ``growth`` at each
-measurement, because curvature rises while steps grow and its average lags behind. They may fall at any pace, and
-after a fall regain half of their last ceiling at once.
+nothing. And once the loss is down to rounding, ``ε|f_0|`` with ``f_0`` the first one and ``ε`` its number format's, so
+is all that is measured, while step sizes still grow against a direction that dies away, until one entry comes to life:
+on full batches that ended fits of 1e-8 at 1. There trust shrinks by ``|f| / ε|f_0|``. Step sizes start at ``1/warmup``
+of their value and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow
+and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
@@ -314,6 +316,7 @@ class Layerwise(LayeredOptimizer):
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
+        search["resolved"] = self._resolved(loss, search)
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         line_slope = (slope + decay_slope) / minibatch.clipped
@@ -392,7 +395,8 @@ class Layerwise(LayeredOptimizer):
         correction = self._correction(search, slope @ length / (measured @ length).clamp_min(tiny))
         sizes = _minimiser(slope, curvature, u) / correction * u * per_length
         sizes = sizes * min(1.0, search["measured"] / self.warmup)
-        sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
+        trust = self.trust * search["resolved"] * share**self.caution
+        sizes = torch.minimum(sizes, trust * self._weight_norms() * per_length)
         if "ceiling" in search:
             sizes = torch.minimum(sizes, search["ceiling"])
             # half the last ceiling at least: a step that fell to zero must be able to grow again
@@ -400,6 +404,11 @@ class Layerwise(LayeredOptimizer):
         else:
             search["ceiling"] = self.growth * sizes
         search["step_size"] = sizes
+
+    def _resolved(self, loss: Tensor, search: dict) -> Tensor:
+        """1, but for a loss that is down to rounding: its share of that."""
+        rounding = torch.finfo(loss.dtype).eps * search.setdefault("first_loss", loss).abs()
+        return (loss.abs() / rounding.clamp_min(torch.finfo(loss.dtype).tiny)).clamp(max=1.0)
 
     def _weight_norms(self) -> Tensor:
         """``‖θ_l‖``; unlimited for a layer that starts at zero."""

@@ -332,6 +332,31 @@ def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
 
 
 @BOTH
+@pytest.mark.parametrize(("loss", "resolved"), [(1.0, 1.0), (1e-6, 1.0), (1.2e-8, 0.05), (0.0, 0.0)])
+def test_trust_ends_where_the_loss_is_rounding(method, loss, resolved):
+    optimizer = method([torch.zeros(1, requires_grad=True)])
+    search = {"first_loss": torch.tensor(2.0)}
+    torch.testing.assert_close(
+        optimizer._resolved(torch.tensor(loss), search), torch.tensor(resolved), atol=0.001, rtol=0
+    )
+
+
+@BOTH
+def test_a_fitted_batch_stays_fitted(method):
+    """A full batch down to a loss of nothing, and hundreds of steps more: each was lost again once it was rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 3)
+    )
+    objective = Objective(model, Categorical(), population=64)
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    optimizer = method(model.parameters())
+    losses = torch.stack([optimizer.step(objective(x, y)) for _ in range(600)])
+    assert losses[-1] < 1e-6
+    assert losses[300:].max() < 1e-4
+
+
+@BOTH
 @pytest.mark.parametrize("every", [1, 4])
 def test_work_per_step(method, every):
     model = small_network()
