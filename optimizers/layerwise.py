@@ -54,19 +54,22 @@ edge is momentum's own only if ``d`` is the direction of the step, momentum incl
 ``λ`` leaves ``(1−β)/(1+β)`` of itself in an average, and ``α = 2 ρ/q`` then means ``αλ = 2 (1+β)/(1−β)``, where
 averaged momentum just stays stable. With ``d = g`` the same ``σ`` stops at half of that or less.
 
-**Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a
-deep autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units.
-So ``α_l ‖d_l‖ ≤ σ τ s_l^χ ‖θ_l‖``: a step that is mostly noise must be shorter still. On a BatchNorm CNN long noisy
-steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit
-of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and curvature are next to
-nothing. And once the loss is down to rounding, ``ε|f_0|`` with ``f_0`` the first one and ``ε`` its number format's, so
-is all that is measured, while step sizes still grow against a direction that dies away, until one entry comes to life:
-on full batches that ended fits of 1e-8 at 1. There trust shrinks by ``|f| / ε|f_0|``. Step sizes start at ``1/warmup``
-of their value and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow
-and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
+**Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
+autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units. So ``α_l
+‖d_l‖ ≤ σ τ s_l^χ max(‖θ_l‖, r_l)``: a step that is mostly noise must be shorter still. ``r_l`` is half of the norm that
+torch starts such a layer with: one that starts at zero or next to it would take hundreds of steps to grow. On a
+BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind
+the weights, half a unit of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and
+curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with ``f_0`` the first one and ``ε``
+its number format's, so is all that is measured, while step sizes still grow against a direction that dies away, until
+one entry comes to life: on full batches that ended fits of 1e-8 at 1. There trust shrinks by ``|f| / ε|f_0|``. Step
+sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient, and grow by a factor of at most
+``growth`` at each measurement, because curvature rises while steps grow and its average lags behind. They may fall at
+any pace, and after a fall regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
-there is no noise (a full batch) and ``ω = 1``; otherwise the common step size sees the scale, as any single rate does.
+there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
+scale, as any single rate does.
 
 ======  ===============  ============================================================================================
 symbol  argument         meaning
@@ -84,6 +87,7 @@ symbol  argument         meaning
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -330,6 +334,7 @@ class Layerwise(LayeredOptimizer):
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
         search["measured"] += 1
+        search["moved"] = search.get("moved", 0) + (length > 0).to(length)
         past = self._past(search)
         for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
             search[name] = value * (1 - past) + (search[name] * past if name in search else 0)
@@ -394,15 +399,14 @@ class Layerwise(LayeredOptimizer):
         u = own.pow(weight) * common.pow(1 - weight)
         correction = self._correction(search, slope @ length / (measured @ length).clamp_min(tiny))
         sizes = _minimiser(slope, curvature, u) / correction * u * per_length
-        sizes = sizes * min(1.0, search["measured"] / self.warmup)
+        sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
         trust = self.trust * search["resolved"] * share**self.caution
         sizes = torch.minimum(sizes, trust * self._weight_norms() * per_length)
-        if "ceiling" in search:
-            sizes = torch.minimum(sizes, search["ceiling"])
-            # half the last ceiling at least: a step that fell to zero must be able to grow again
-            search["ceiling"] = torch.maximum(self.growth * sizes, search["ceiling"] / 2)
-        else:
-            search["ceiling"] = self.growth * sizes
+        ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
+        sizes = torch.minimum(sizes, ceiling)
+        # half the last ceiling at least: a step that fell to zero must be able to grow again
+        ceiling = torch.maximum(self.growth * sizes, ceiling.nan_to_num(posinf=0.0) / 2)
+        search["ceiling"] = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
         search["step_size"] = sizes
 
     def _resolved(self, loss: Tensor, search: dict) -> Tensor:
@@ -411,8 +415,10 @@ class Layerwise(LayeredOptimizer):
         return (loss.abs() / rounding.clamp_min(torch.finfo(loss.dtype).tiny)).clamp(max=1.0)
 
     def _weight_norms(self) -> Tensor:
-        """``‖θ_l‖``; unlimited for a layer that starts at zero."""
+        """``‖θ_l‖``, at least ``r_l``; unlimited for vectors that start at zero."""
         norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
+        least = torch.as_tensor([_least_norm(layer) for layer in self._layers], dtype=norms.dtype)
+        norms = torch.maximum(norms, least.to(norms.device, non_blocking=True))
         return norms.masked_fill(norms == 0, torch.inf)
 
     def _step_sizes(self, search: dict) -> Tensor:
@@ -426,3 +432,8 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
     """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
     along = lengths @ curvature @ lengths
     return torch.where(along > 0, slope @ lengths / along, 1.0)
+
+
+def _least_norm(layer: Layer) -> float:
+    """``r_l``: half of the norm that torch starts matrices and kernels with, entries of variance ``1/(3 inputs)``."""
+    return 0.5 * math.sqrt(sum(len(p) for p in layer.parameters if p.dim() > 1) / 3)

@@ -73,11 +73,12 @@ def test_scaling_the_likelihood_changes_nothing(method):
 
 @BOTH
 def test_moving_scale_from_layer_to_layer_changes_nothing_without_noise(method):
-    """A bias-free ReLU pair (W, V) and (cW, V/c) is the same function; the layers' steps scale along, exactly.
+    """A bias-free ReLU pair (W, 16 V) and (16 W, V) is the same function; the layers' steps scale along, exactly.
 
     Under W → cW gradient and curvature become g/c and H/c², so the greedy step of SGD's direction becomes c times the
     old one. AdamW's direction does not see the factor (up to ε) and the step size carries it. Decay would see it, and
-    so would the common step size that layers are drawn to: hence a full batch, and every layer its own.
+    so would the common step size that layers are drawn to: hence a full batch, and every layer its own. No layer is
+    smaller than torch starts one.
     """
     options = {"own": 1.0} | ({"eps": 1e-30} if method is LWAdamW else {})
     losses = []
@@ -85,7 +86,7 @@ def test_moving_scale_from_layer_to_layer_changes_nothing_without_noise(method):
         model = perceptron()
         with torch.no_grad():
             model[1].weight.mul_(c)
-            model[3].weight.div_(c)
+            model[3].weight.mul_(16 / c)
         population = len(small_batch()[1])
         losses.append(train(method, model, Categorical(), population=population, **options))
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=0)
@@ -184,6 +185,26 @@ def test_no_step_is_zero_for_good(method):
         optimizer.step(objective(x, torch.randint(0, 3, (len(x),), generator=generator)))
     sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
     assert (sizes > 0).all()
+
+
+@BOTH
+def test_layers_behind_one_that_starts_at_zero_begin_when_they_have_a_gradient(method):
+    """The first gradient of all layers but the last is exactly zero; that must not be taken for their scale."""
+    torch.manual_seed(0)
+    model = small_network()
+    last = list(model.modules())[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    objective, optimizer = small_objective(model), method(model.parameters(), warmup=4)
+    first, sizes = objective.layers[0].parameters[0], []
+    for _ in range(30):
+        before = first.detach().clone()
+        optimizer.step(objective(*small_batch()))
+        sizes.append(optimizer._search["step_size"][0].item())
+        assert torch.equal(before, first) == (len(sizes) == 1)
+    assert sizes[1] > 0
+    assert optimizer._search["moved"][0] == 29
+    assert last.weight.norm() > 0.1
 
 
 @pytest.mark.parametrize("own", [0.0, 0.25, 1.0])
