@@ -173,18 +173,18 @@ def _print_table(jobs: list[Job]) -> None:
             for name in summaries[0]["final"] or ["test_metric"]
             if name.startswith("test_") and name != "test_loss"
         )
-        loss, test = (_spread([s["final"].get(name) for s in summaries]) for name in ("train_loss", metric))
-        diverged = sum(s["status"] == "diverged" for s in summaries)
+        loss, test = (_spread(summaries, name) for name in ("train_loss", metric))
         settings = " ".join(f"{field}={value:g}" for field, value in mine[0].values.items())
         edge = " (edge)" if (summaries[0]["tuning"] or {}).get("on_edge") else ""
-        note = f" {diverged} diverged" if diverged else ""
-        print(
-            f"{pair[0]:26} {pair[1]:14} {len(mine):2} {loss:>20} {test + ' ' + metric[5:]:>26}  {settings}{edge}{note}"
-        )
+        print(f"{pair[0]:26} {pair[1]:14} {len(mine):2} {loss:>20} {test + ' ' + metric[5:]:>26}  {settings}{edge}")
 
 
-def _spread(values: list[float | None]) -> str:
-    values = [value for value in values if value is not None]
+def _spread(summaries: list[dict], name: str) -> str:
+    """Of final values; none where a seed diverged, as in the report: the mean of the survivors would hide it."""
+    diverged = sum(summary["status"] == "diverged" for summary in summaries)
+    if diverged:
+        return f"diverged {diverged}/{len(summaries)}"
+    values = [value for summary in summaries if (value := summary["final"].get(name)) is not None]
     if not values:
         return "-"
     deviation = f" ± {stdev(values):.3g}" if len(values) > 1 else ""

@@ -5,6 +5,7 @@ import torch
 
 from runners import trainer
 from runners.record import read_summary, read_table
+from runners.reproduce import _spread
 
 DIGITS = ("task=cnn_digits", "budget.epochs=2")
 STEP = 6
@@ -67,3 +68,11 @@ def test_a_loss_that_overflows_names_the_first_layer_whose_output_does(train, mo
     summary = read_summary(train("task=autoencoder_curves_small", "budget.epochs=2", "optimizer=sgdm"))
     assert (summary["status"], summary["diverged_at"]) == ("diverged", STEP)
     assert summary["diverged_in"]
+
+
+def test_where_a_seed_diverged_the_table_has_no_mean():
+    finished, diverged = (
+        {"status": status, "final": {"train_loss": loss}} for status, loss in (("finished", 1.5), ("diverged", 7e12))
+    )
+    assert _spread([finished, finished], "train_loss") == "1.5 ± 0"
+    assert _spread([finished, diverged, diverged], "train_loss") == "diverged 2/3"
