@@ -399,6 +399,10 @@ class Layerwise(LayeredOptimizer):
         u = own.pow(weight) * common.pow(1 - weight)
         correction = self._correction(search, slope @ length / (measured @ length).clamp_min(tiny))
         sizes = _minimiser(slope, curvature, u) / correction * u * per_length
+        search["step_size"] = self._bounded(sizes, share, per_length, search)
+
+    def _bounded(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
+        """The step sizes within warm-up, trust and growth."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
         trust = self.trust * search["resolved"] * share**self.caution
         sizes = torch.minimum(sizes, trust * self._weight_norms() * per_length)
@@ -407,7 +411,7 @@ class Layerwise(LayeredOptimizer):
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(self.growth * sizes, ceiling.nan_to_num(posinf=0.0) / 2)
         search["ceiling"] = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
-        search["step_size"] = sizes
+        return sizes
 
     def _resolved(self, loss: Tensor, search: dict) -> Tensor:
         """1, but for a loss that is down to rounding: its share of that."""
