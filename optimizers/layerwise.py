@@ -97,7 +97,7 @@ from torch import Tensor
 
 from optimizers.curvature import SampledFisher
 from optimizers.layered import LayeredOptimizer, RandomState, check, dot
-from optimizers.layers import Layer, Trace
+from optimizers.layers import Layer, NormalisationLayer, Trace
 from optimizers.objective import Minibatch
 
 
@@ -419,7 +419,7 @@ class Layerwise(LayeredOptimizer):
         return (loss.abs() / rounding.clamp_min(torch.finfo(loss.dtype).tiny)).clamp(max=1.0)
 
     def _weight_norms(self) -> Tensor:
-        """``‖θ_l‖``, at least ``r_l``; unlimited for vectors that start at zero."""
+        """``‖θ_l‖``, at least ``r_l``; unlimited for other vectors that start at zero."""
         norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
         least = torch.as_tensor([_least_norm(layer) for layer in self._layers], dtype=norms.dtype)
         norms = torch.maximum(norms, least.to(norms.device, non_blocking=True))
@@ -439,5 +439,11 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _least_norm(layer: Layer) -> float:
-    """``r_l``: half of the norm that torch starts matrices and kernels with, entries of variance ``1/(3 inputs)``."""
-    return 0.5 * math.sqrt(sum(len(p) for p in layer.parameters if p.dim() > 1) / 3)
+    """``r_l``: half of the norm that torch starts such a layer with.
+
+    Matrices and kernels start with entries of variance ``1/(3 inputs)``, the weights of normalisations at 1.
+    """
+    weights = [p for name, p in zip(layer.names, layer.parameters, strict=True) if name == "weight" or p.dim() > 1]
+    if isinstance(layer, NormalisationLayer):
+        return 0.5 * math.sqrt(sum(p.numel() for p in weights))
+    return 0.5 * math.sqrt(sum(len(p) for p in weights if p.dim() > 1) / 3)

@@ -207,6 +207,22 @@ def test_layers_behind_one_that_starts_at_zero_begin_when_they_have_a_gradient(m
     assert last.weight.norm() > 0.1
 
 
+@pytest.mark.parametrize(
+    "module", [nn.Linear(400, 300), nn.Conv2d(30, 40, 5), nn.BatchNorm2d(64)], ids=lambda m: type(m).__name__
+)
+def test_trust_is_relative_to_no_less_than_half_of_the_norm_that_torch_starts_with(module):
+    """So that a layer can leave zero."""
+    objective = small_objective(module)
+    optimizer = LWSGDm(module.parameters())
+    optimizer._layers = objective.layers
+    started = optimizer._weight_norms()
+    torch.testing.assert_close(started, torch.cat([p.flatten() for p in module.parameters()]).norm().view(1))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    torch.testing.assert_close(optimizer._weight_norms(), started / 2, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("own", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("signal", [1.0, 0.5, 0.2])
 def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
