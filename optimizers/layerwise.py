@@ -56,16 +56,16 @@ averaged momentum just stays stable. With ``d = g`` the same ``σ`` stops at hal
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
 autoencoder a tenth of the greedy step triples the loss, and on a graph steps of 4 % kill the few hidden units. So ``α_l
-‖d_l‖ ≤ σ τ s_l^χ max(‖θ_l‖, r_l)``: a step that is mostly noise must be shorter still. ``r_l`` is half of the norm that
-torch starts such a layer with: one that starts at zero or next to it would take hundreds of steps to grow. On a
-BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in evaluation mode, whose statistics lag behind
-the weights, half a unit of loss. Adam's direction moreover keeps its length when the examples are fitted and slope and
-curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with ``f_0`` the first one and ``ε``
-its number format's, so is all that is measured, while step sizes still grow against a direction that dies away, until
-one entry comes to life: on full batches that ended fits of 1e-8 at 1. There trust shrinks by ``|f| / ε|f_0|``. Step
-sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient, and grow by a factor of at most
-``growth`` at each measurement, because curvature rises while steps grow and its average lags behind. They may fall at
-any pace, and after a fall regain half of their last ceiling at once.
+‖d_l‖ ≤ σ τ s_l^χ max(‖θ_l‖, r_l)``: a step that is mostly noise must be shorter still. ``r_l`` is half (of
+normalisations a quarter) of the norm that torch starts such a layer with: one that starts at zero or next to it would
+take hundreds of steps to grow. On a BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in evaluation
+mode, whose statistics lag behind the weights, half a unit of loss. Adam's direction moreover keeps its length when the
+examples are fitted and slope and curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with
+``f_0`` the first one and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a
+direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. There trust
+shrinks by ``|f| / ε|f_0|``. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient,
+and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average
+lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -439,11 +439,11 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _least_norm(layer: Layer) -> float:
-    """``r_l``: half of the norm that torch starts such a layer with.
+    """``r_l``: half of the norm that torch starts such a layer with, entries of variance ``1/(3 inputs)``.
 
-    Matrices and kernels start with entries of variance ``1/(3 inputs)``, the weights of normalisations at 1.
+    The weights of normalisations, which start at 1, shrink in ordinary training too: a quarter of theirs.
     """
-    weights = [p for name, p in zip(layer.names, layer.parameters, strict=True) if name == "weight" or p.dim() > 1]
     if isinstance(layer, NormalisationLayer):
-        return 0.5 * math.sqrt(sum(p.numel() for p in weights))
-    return 0.5 * math.sqrt(sum(len(p) for p in weights if p.dim() > 1) / 3)
+        weights = (p for name, p in zip(layer.names, layer.parameters, strict=True) if name == "weight")
+        return 0.25 * math.sqrt(sum(p.numel() for p in weights))
+    return 0.5 * math.sqrt(sum(len(p) for p in layer.parameters if p.dim() > 1) / 3)
