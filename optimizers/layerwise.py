@@ -29,7 +29,8 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
 noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
-measured each ``correct_every``-th time. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+measured each ``correct_every``-th time, in place of the curvature once training has settled; the next curvature then
+counts twice. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
 
 **Curvature of the loss itself.** Gauss–Newton leaves out how the outputs bend. Along the step the loss has half of the
 model's curvature on a BatchNorm ResNet, up to three times it on a graph, and as much on an autoencoder, so that no one
@@ -65,7 +66,9 @@ examples are fitted and slope and curvature are next to nothing. And once the lo
 direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. There trust
 shrinks by ``|f| / ε|f_0|``. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient,
 and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average
-lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
+lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once. Where the examples
+are fitted step sizes grow as slope and curvature die away, and one batch that is not fitted makes the direction several
+times as long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -82,6 +85,7 @@ symbol  argument         meaning
                          where nearly all slope is noise, the step of the plain slope at a fifth of σ = 1 is safe
 ``χ``   ``caution``      how fast trust shrinks with a layer's share of signal
 ``τ``   ``trust``        longest step of a layer, relative to its weights
+–       ``stretch``      longest step of a layer, relative to its last ones
 ======  ===============  ============================================================================================
 """
 
@@ -114,6 +118,15 @@ class Line(NamedTuple):
     """``1 / ‖d_l‖``"""
 
 
+class Due(NamedTuple):
+    """What is measured of a batch beside its gradients."""
+
+    noise: bool
+    comparison: bool
+    """of the model with the loss, after the step"""
+    curvature: bool
+
+
 class _Directions(Mapping):
     """``d`` by layer, made when asked for and not kept: a copy of all parameters less."""
 
@@ -141,12 +154,13 @@ class Layerwise(LayeredOptimizer):
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from measurement to measurement, above 1.
+        stretch: a layer's longest step, relative to the mean of its last ones; above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
         settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
-        correct_every: measure the noise in the slope and the loss's own curvature every so many curvature measurements.
+        correct_every: measure the noise in the slope and the loss's own curvature every so many measurements.
         curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
 
     Raises:
@@ -168,6 +182,7 @@ class Layerwise(LayeredOptimizer):
         caution: float,
         warmup: int,
         growth: float,
+        stretch: float = 2.0,
         sigma: float = 2.0,
         averaging: float = 0.95,
         floor: float = 0.2,
@@ -184,6 +199,7 @@ class Layerwise(LayeredOptimizer):
         check(trust > 0, "trust", trust, "positive")
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
+        check(stretch > 1, "stretch", stretch, "above 1")
         check(every >= 1 and every == int(every), "every", every, "a whole number, at least 1")
         check(settling >= 0, "settling", settling, "at least 0")
         whole = correct_every >= 1 and correct_every == int(correct_every)
@@ -192,7 +208,8 @@ class Layerwise(LayeredOptimizer):
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
             check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
-        self.averaging, self.floor, self.warmup, self.growth = averaging, floor, warmup, growth
+        self.averaging, self.floor = averaging, floor
+        self.warmup, self.growth, self.stretch = warmup, growth, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.trust, self.caution = own, trust, caution
         self.curvature = SampledFisher() if curvature is None else curvature
@@ -227,11 +244,10 @@ class Layerwise(LayeredOptimizer):
         search = self._search
         if "step_size" not in search or not self._layers:
             return {}
-        bias = 1 - self._absent(search)
         columns = {
             "step_size": self._step_sizes(search),
-            "slope": search["slope"] / bias - search["noise"],
-            "curvature": search["curvature"].diagonal() / bias,
+            "slope": search["slope"] - search["noise"],
+            "curvature": search["curvature"].diagonal(),
         }
         return {
             layer.name: {name: column[i] for name, column in columns.items()} for i, layer in enumerate(self._layers)
@@ -299,24 +315,33 @@ class Layerwise(LayeredOptimizer):
         """Weight of the past in an average when a measurement is added."""
         return self.averaging ** (1 if search["measured"] <= self.settling else self._span)
 
-    def _absent(self, search: dict) -> float:
-        """Weight that the measurements so far do not have in the averages."""
+    def _average(self, search: dict, name: str, value: Tensor, count: int = 1) -> None:
+        """Add a measurement, which stands for ``count``, to an average over all so far that no start biases."""
         late = max(search["measured"] - self.settling, 0)
-        return self.averaging ** (search["measured"] - late + late * self._span)
+        absent = self.averaging ** (search["measured"] - late + late * self._span)
+        past = ((self._past(search) - absent) / (1 - absent)) ** count
+        search[name] = value.lerp(search[name], past) if name in search else value
+
+    def _due(self, minibatch: Minibatch, search: dict) -> Due:
+        """Once settled curvature skips the measurement of noise, and the loss is compared after the next one."""
+        turn = search["measured"] % self.correct_every
+        settled = search["measured"] >= max(self.settling, 1)
+        noise, comparison = turn == 0, turn == (1 % self.correct_every if settled else 0)
+        return Due(noise, comparison, comparison or not (settled and noise and minibatch.noisy))
 
     def _measured_step(self, minibatch: Minibatch, search: dict) -> Tensor:
         """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
-        due = search["measured"] % self.correct_every == 0
-        random_state = RandomState(self._layers[0].parameters[0].device) if due else None
+        due = self._due(minibatch, search)
+        random_state = RandomState(self._layers[0].parameters[0].device) if due.comparison else None
         line = self._measure(minibatch, search, due)
         self._descend(search)
-        if due:
+        if due.comparison:
             with random_state.replayed():
                 self._compare(line, minibatch.evaluate(), search)
         return line.loss
 
-    def _measure(self, minibatch: Minibatch, search: dict, due: bool) -> Line:
-        """Gradients, directions; the averages of slope and curvature, and where it is due of the noise."""
+    def _measure(self, minibatch: Minibatch, search: dict, due: Due) -> Line:
+        """Gradients, directions; the averages of the slope and of what else is due."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
@@ -326,18 +351,23 @@ class Layerwise(LayeredOptimizer):
         line_slope = (slope + decay_slope) / minibatch.clipped
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
-            if due:
+            if due.noise:
                 self._measure_noise(minibatch, trace, per_length, search)
-        q = minibatch.mean(self.curvature(minibatch, trace, _Directions(self._layers, self._direction)))
-        if minibatch.complete and due:
+        q = None
+        if due.curvature:
+            q = minibatch.mean(self.curvature(minibatch, trace, _Directions(self._layers, self._direction)))
+        if minibatch.complete and due.noise:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
         search["measured"] += 1
         search["moved"] = search.get("moved", 0) + (length > 0).to(length)
-        past = self._past(search)
-        for name, value in (("slope", slope * per_length), ("curvature", q * torch.outer(per_length, per_length))):
-            search[name] = value * (1 - past) + (search[name] * past if name in search else 0)
+        self._average(search, "slope", slope * per_length)
+        if due.curvature:
+            stands_for = 2 if search.pop("skipped", False) else 1
+            self._average(search, "curvature", q * torch.outer(per_length, per_length), stands_for)
+        else:
+            search["skipped"] = True
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
 
@@ -387,11 +417,10 @@ class Layerwise(LayeredOptimizer):
         return torch.maximum(seen / modelled.clamp_min(torch.finfo(seen.dtype).tiny), share)
 
     def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
-        """The module's formulas, from averages that carry the same bias, which cancels in all of them."""
+        """The module's formulas."""
         tiny, length = torch.finfo(per_length.dtype).tiny, 1 / per_length
         measured, curvature = search["slope"], search["curvature"]
-        slope = measured - (1 - self._absent(search)) * search["noise"]
-        slope = torch.maximum(slope, self.floor * measured).clamp_min(0)
+        slope = torch.maximum(measured - search["noise"], self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
         own = slope / curvature.diagonal().clamp_min(tiny)
         common = _minimiser(slope, curvature, length) * length
@@ -402,15 +431,24 @@ class Layerwise(LayeredOptimizer):
         search["step_size"] = self._bounded(sizes, share, per_length, search)
 
     def _bounded(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
-        """The step sizes within warm-up, trust and growth."""
+        """The step sizes within warm-up, trust, growth and stretch."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
         trust = self.trust * search["resolved"] * share**self.caution
         sizes = torch.minimum(sizes, trust * self._weight_norms() * per_length)
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
-        sizes = torch.minimum(sizes, ceiling)
+        sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(self.growth * sizes, ceiling.nan_to_num(posinf=0.0) / 2)
         search["ceiling"] = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
+        return sizes
+
+    def _unstretched(self, sizes: Tensor, per_length: Tensor, search: dict) -> Tensor:
+        """Step sizes that make no step longer than ``stretch`` times the average of the last ones."""
+        usual = search.get("usual_length", torch.zeros_like(sizes))
+        sizes = torch.where(usual > 0, torch.minimum(sizes, self.stretch * usual * per_length), sizes)
+        length = sizes / per_length
+        weight = 1 - self._past(search) ** 2  # half as long a memory as the other averages
+        search["usual_length"] = torch.where(usual > 0, usual.lerp(length, weight), length)
         return sizes
 
     def _resolved(self, loss: Tensor, search: dict) -> Tensor:

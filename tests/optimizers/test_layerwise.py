@@ -12,7 +12,8 @@ from optimizers.curvature import ExactGaussNewton, SampledFisher
 from tests.optimizers.cases import least_squares, small_batch, small_network, small_objective
 
 BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
-GREEDY = {"sigma": 1.0, "averaging": 0.0, "warmup": 1, "growth": 1e9, "trust": 1e9}
+UNBOUNDED = {"warmup": 1, "growth": 1e9, "stretch": 1e9}
+GREEDY = {"sigma": 1.0, "averaging": 0.0, "trust": 1e9} | UNBOUNDED
 
 
 def test_one_greedy_step_is_an_exact_line_search():
@@ -228,7 +229,7 @@ def test_trust_is_relative_to_no_less_than_a_part_of_the_norm_that_torch_starts_
 def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
     """Slopes alike and curvatures from 1 to 100: the layers' step sizes spread as 100 to the power ω s²."""
     model = small_network()
-    optimizer = LWSGDm(model.parameters(), own=own, averaging=0.0, trust=1e9, growth=1e9, warmup=1)
+    optimizer = LWSGDm(model.parameters(), own=own, averaging=0.0, trust=1e9, **UNBOUNDED)
     optimizer.step(small_objective(model)(*small_batch()))
     search = optimizer._search
     search["along_step"] = torch.ones(2)  # the loss is as curved as the model
@@ -277,7 +278,7 @@ def test_a_model_that_is_too_steep_is_corrected_as_far_as_slope_is_noise(populat
     """Five times the curvature: on a full batch, where slope is all signal, the model stands; on a sample it gives."""
     objective, x, y, model = least_squares()
     objective.population = population
-    optimizer = LWSGDm(model.parameters(), curvature=Misjudged(5.0), correct_every=1, trust=1e9, growth=1e9)
+    optimizer = LWSGDm(model.parameters(), curvature=Misjudged(5.0), correct_every=1, trust=1e9, **UNBOUNDED)
     for _ in range(150):
         optimizer.step(objective(x, y + torch.randn(y.shape, generator=objective.generator, dtype=y.dtype)))
     search = optimizer._search
@@ -355,12 +356,35 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
 
 
 @BOTH
+@pytest.mark.parametrize("stretch", [1.2, 2.0, 1e9])
+def test_a_steep_batch_stretches_the_step_no_further_than_its_bound(method, stretch):
+    """A batch that is much steeper than those before it would be followed by a step thrice as long."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, bias=False).double()
+    x, y = torch.randn(64, 4, dtype=torch.float64), torch.randn(64, 2, dtype=torch.float64)
+    objective = Objective(model, Gaussian(), population=64)
+    optimizer = method(model.parameters(), sigma=1e-3, trust=1e9, **UNBOUNDED | {"stretch": stretch})
+    lengths, usual, factors = [], None, []
+    for step in range(40):
+        before = model.weight.detach().clone()
+        optimizer.step(objective(x, (300 if step == 39 else 1) * y))
+        lengths.append((model.weight - before).norm().item())
+        factors.append(lengths[-1] / (usual or lengths[-1]))
+        usual = lengths[-1] if usual is None else 0.95**2 * usual + (1 - 0.95**2) * lengths[-1]
+    assert max(factors) <= stretch * 1.0001
+    if stretch < 10:
+        assert factors[-1] == pytest.approx(stretch)
+    else:
+        assert factors[-1] > 3
+
+
+@BOTH
 @pytest.mark.parametrize("caution", [0.0, 1.5])
 @pytest.mark.parametrize(("signal", "share"), [(1.0, 1.0), (0.5, 0.5), (0.1, 0.2)])  # the floor is a fifth
 def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
     """Where the model has next to no curvature, a layer moves by τ s^χ of its weights."""
     model = small_network()
-    optimizer = method(model.parameters(), trust=0.02, caution=caution, averaging=0.0, growth=1e9, warmup=1)
+    optimizer = method(model.parameters(), trust=0.02, caution=caution, averaging=0.0, **UNBOUNDED)
     optimizer.step(small_objective(model)(*small_batch()))
     search, one = optimizer._search, torch.ones(len(optimizer._layers))
     search |= {"slope": one, "noise": (1 - signal) * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
@@ -401,9 +425,30 @@ def test_work_per_step(method, every):
     optimizer = method(model.parameters(), every=every, settling=20, correct_every=5)
     for _ in range(40):
         optimizer.step(objective(*small_batch()))
-    measured = 20 + 20 / every
-    noise, comparison = measured / 5 * 2 / 3, measured / 5 / 3
-    assert objective.gradient_equivalents == pytest.approx(40 + measured * 2 / 3 + noise + comparison)
+    settled = 20 / every
+    curvature, noise, comparison = 20 + settled * 4 / 5, 4 + settled / 5, 4 + settled / 5
+    work = 40 + curvature * 2 / 3 + noise * 2 / 3 + comparison / 3
+    assert objective.gradient_equivalents == pytest.approx(work)
+
+
+def test_once_settled_curvature_skips_the_measurement_of_noise_and_the_next_one_stands_for_both():
+    calls = []
+
+    def curvature(minibatch, trace, directions):
+        calls.append(len(calls) + 1.0)
+        return calls[-1] * torch.eye(len(directions), dtype=torch.float64)
+
+    model = perceptron()
+    objective, (x, y) = Objective(model, Categorical()), small_batch(torch.float64)
+    searched = {"sigma": 1e-30, "averaging": 0.5, "settling": 40, "correct_every": 4}
+    optimizer = LWSGDm(model.parameters(), momentum=0.0, curvature=curvature, **searched)
+    for _ in range(50):
+        optimizer.step(objective(x, y))
+    measured = [*range(1, 41), 41, 41, 42, 43, 44, 44, 45, 46, 47, 47]  # the times 40, 44 and 48 are noise's
+    average = torch.tensor(sum(v * 0.5 ** (50 - i) for i, v in enumerate(measured)), dtype=torch.float64)
+    objective(x, y)()
+    squared_length = torch.stack([p.grad.square().sum() for p in model.parameters()])
+    torch.testing.assert_close(optimizer._search["curvature"].diagonal() * squared_length, average.expand(2))
 
 
 @BOTH
