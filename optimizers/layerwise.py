@@ -360,16 +360,20 @@ class Layerwise(LayeredOptimizer):
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
-        search["measured"] += 1
         search["moved"] = search.get("moved", 0) + (length > 0).to(length)
-        self._average(search, "slope", slope * per_length)
-        if due.curvature:
-            stands_for = 2 if search.pop("skipped", False) else 1
-            self._average(search, "curvature", q * torch.outer(per_length, per_length), stands_for)
-        else:
-            search["skipped"] = True
+        self._add(search, slope, q, per_length)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
+
+    def _add(self, search: dict, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
+        """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
+        search["measured"] += 1
+        self._average(search, "slope", slope * per_length)
+        if curvature is None:
+            search["skipped"] = True
+        else:
+            count = 2 if search.pop("skipped", False) else 1
+            self._average(search, "curvature", curvature * torch.outer(per_length, per_length), count)
 
     def _see_gradients(self, minibatch: Minibatch, trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take every gradient in; the loss, and by layer ``gᵀd``, ``‖d‖²`` and the slope ``w gᵀθ`` along decay."""

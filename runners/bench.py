@@ -44,10 +44,10 @@ WORKLOADS = {
 SLOW_ON_CPU = ("cnn_cifar100_vgg16",)
 IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
 GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (19717, 44324, 50)}  # nodes, edges, words
-# Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus this.
+# Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus each of these.
 INTERVALS = {
-    "every": 0, "correct_every": 0, "update_every": 0, "refresh_every": 0, "precondition_frequency": 0,
-    "preconditioning_compute_steps": -1, "statistics_compute_steps": -1,
+    "every": [0], "correct_every": [0, 1], "update_every": [0], "refresh_every": [0], "precondition_frequency": [0],
+    "preconditioning_compute_steps": [-1], "statistics_compute_steps": [-1],
 }  # fmt: skip
 TURN = 0.05  # seconds of a turn of short steps
 
@@ -66,7 +66,7 @@ class Contender(Trainer):
         super().__init__(cfg, Path())
         self.batch = next(iter(self.batches))
         self.intervals = self._intervals(cfg.optimizer)
-        self.period = math.lcm(*self.intervals)
+        self.period = math.lcm(*(every for every, _ in self.intervals))
         self._rehearse()  # libraries warm up; on the CPU memory is traced
         set_mode("train", self.optimizer)
         self.memory.start()
@@ -104,15 +104,15 @@ class Contender(Trainer):
         return sum(medians.get(self._kind(step), values[0]) for step in range(self.period)) / self.period
 
     def _kind(self, step: int) -> str:
-        return " ".join(str(every) for every, offset in self.intervals.items() if (step - offset) % every == 0)
+        return " ".join(str(interval) for interval in self.intervals if (step - interval[1]) % interval[0] == 0)
 
     @staticmethod
-    def _intervals(settings: DictConfig) -> dict[int, int]:
+    def _intervals(settings: DictConfig) -> list[tuple[int, int]]:
         """Interval and offset of a method's rare work."""
         found = {name: settings[name] for name in INTERVALS if settings.get(name)}
-        if "correct_every" in found:  # counted in measurements of curvature
-            found["correct_every"] *= found["every"]
-        return {every: INTERVALS[name] for name, every in found.items() if every > 1}
+        unit = {"correct_every": found.get("every", 1)}  # counts measurements of curvature
+        intervals = [(every * unit.get(name, 1), name) for name, every in found.items()]
+        return [(n, offset * unit.get(name, 1)) for n, name in intervals if n > 1 for offset in INTERVALS[name]]
 
     def _load_data(self) -> Dataset:
         return super()._load_data() if self._stand_in is None else self._stand_in.to(self.cfg.device)
