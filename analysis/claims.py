@@ -2,14 +2,16 @@
 
 A claim says which methods it is about, against which rivals, on which families of tasks, and by which test. Every
 test returns, for each measure, rows of numbers and a verdict. Missing runs, or fewer seeds than the profile asks for,
-make it *not tested*; nothing here is typed in by hand. Margins and definitions are the protocol's.
+make it *not tested*, with the rows that there are beside it; nothing here is typed in by hand. Margins and definitions
+are the protocol's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -128,43 +130,61 @@ def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
         return Verdict(measure, NOT_TESTED, str(missing), [])
 
 
+def each(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
+    """A row of every case that can be tested, and what the first of the others lacks."""
+    rows, missing = [], ""
+    for case in cases:
+        try:
+            rows.append(row(*case))
+        except NotTestedError as lack:
+            missing = missing or str(lack)
+    if not rows:
+        raise NotTestedError(missing)
+    return rows, missing
+
+
 # ---- tests ---------------------------------------------------------------------------------------------------------
 
 
 def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim], list[Verdict]]:
     """The paired test over seeds of "at least as good" or "better", on final values or at equal training time."""
 
+    def comparison(records: Records, measure: str, task: str, method: str, rival: str) -> dict:
+        ours = runs_of(records, task, method, alone=equal_time)
+        theirs = runs_of(records, task, rival, alone=equal_time)
+        seeds = ours.index.intersection(theirs.index)
+        if len(seeds) < 2:
+            raise NotTestedError(f"{method} and {rival} share {len(seeds)} seeds on {task}")
+        ours, theirs = ours.loc[seeds], theirs.loc[seeds]
+        larger = larger_is_better(ours, measure)
+        if equal_time:
+            x, y = values_at_equal_time(records, ours, theirs, measure)
+        else:
+            x, y = final_values(ours, measure), final_values(theirs, measure)
+        if any((v.isna() & (runs.status == "finished")).any() for v, runs in ((x, ours), (y, theirs))):
+            raise NotTestedError(f"{MEASURES[measure]} of {method} or {rival} on {task} was not measured")
+        result = statistics.compare(x, y, margin(y, larger), larger)
+        return {"task": task, "method": method, "rival": rival, "larger": larger} | asdict(result)
+
     def judge(records: Records, claim: Claim, measure: str) -> Verdict:
-        rows = []
-        for task in tasks_of(records, claim):
-            for method, rival in claim.pairs:
-                ours = runs_of(records, task, method, alone=equal_time)
-                theirs = runs_of(records, task, rival, alone=equal_time)
-                seeds = ours.index.intersection(theirs.index)
-                if len(seeds) < 2:
-                    raise NotTestedError(f"{method} and {rival} share {len(seeds)} seeds on {task}")
-                ours, theirs = ours.loc[seeds], theirs.loc[seeds]
-                larger = larger_is_better(ours, measure)
-                if equal_time:
-                    x, y = values_at_equal_time(records, ours, theirs, measure)
-                else:
-                    x, y = final_values(ours, measure), final_values(theirs, measure)
-                if any((v.isna() & (runs.status == "finished")).any() for v, runs in ((x, ours), (y, theirs))):
-                    raise NotTestedError(f"{MEASURES[measure]} of {method} or {rival} on {task} was not measured")
-                result = statistics.compare(x, y, margin(y, larger), larger)
-                rows.append({"task": task, "method": method, "rival": rival, "larger": larger} | asdict(result))
+        cases = [(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs]
+        rows, missing = each(cases, lambda *case: comparison(records, measure, *case))
         for row, p in zip(rows, statistics.holm([row["p_worse"] for row in rows]), strict=True):
             row["p_holm"] = float(p)
             row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
-        verdict = _all_hold(measure, rows, "is not better" if better else "is worse by more than the margin")
+        failing = "is not better" if better else "is worse by more than the margin"
+        verdict = _all_hold(measure, rows, failing, missing=missing)
         weak = not better and verdict.verdict == REPRODUCED
         return replace(verdict, caveat=_unresolved(rows)) if weak else verdict
 
     return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
 
 
-def _all_hold(measure: str, rows: list[dict], failing: str, where: str = "") -> Verdict:
+def _all_hold(measure: str, rows: list[dict], failing: str, where: str = "", missing: str = "") -> Verdict:
     failed = [row for row in rows if not row["holds"]]
+    if missing:
+        held = f"{len(rows) - len(failed)} of the {len(rows)} comparisons that there are{where} hold"
+        return Verdict(measure, NOT_TESTED, f"{missing}; {held}", rows)
     if not failed:
         return Verdict(measure, REPRODUCED, f"holds in all {len(rows)} comparisons{where}", rows)
     names = ", ".join(f"{row['method']} {failing} on {row['task']}" for row in failed[:3])
@@ -187,31 +207,35 @@ def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[
     """The ratio of a per-step cost is at most `limit` on every task, or on every workload of the benchmark."""
 
     def judge(records: Records, claim: Claim) -> Verdict:
-        rows, where = _cost_rows(records, claim, column)
+        rows, missing, where = _cost_rows(records, claim, column)
         for row in rows:
             row |= {"ratio": row.pop(column), "limit": limit}
             row["holds"] = row["ratio"] <= limit
-        return _all_hold(measure, rows, text, where)
+        return _all_hold(measure, rows, text, where, missing)
 
     return lambda records, claim: [guarded(measure, lambda: judge(records, claim))]
 
 
-def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict], str]:
-    """Costs relative to the rival's by task and pair, and where from: the runs, or else the benchmark.
+def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict], str, str]:
+    """Costs relative to the rival's by task and pair; what is missing; where from: the runs, or else the benchmark.
 
     Times count only where nothing else ran, in the runs (median over seeds) as in the benchmark (steps take turns).
     """
+
+    def of_runs(task: str, method: str, rival: str) -> dict:
+        return {"task": task, "method": method, "rival": rival} | _ratios(records, task, method, rival, columns)
+
     try:
-        pairs = [(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs]
-        return [
-            {"task": task, "method": method, "rival": rival} | _ratios(records, task, method, rival, columns)
-            for task, method, rival in pairs
-        ], ""
-    except NotTestedError as missing:
-        rows = [row for device in records.benches for row in _bench_rows(records, device, claim, columns)]
-        if not rows:
-            raise NotTestedError(f"{missing}, and there is no benchmark (make bench)") from None
-        return rows, " of the benchmark"
+        rows, missing = each([(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs], of_runs)
+    except NotTestedError as lack:
+        rows, missing = [], str(lack)
+    workloads = [(device, name) for device, table in records.benches.items() for name in table.workload.unique()]
+    if missing and workloads:
+        steps = [(*workload, *pair) for workload in workloads for pair in claim.pairs]
+        return *each(steps, lambda *step: _bench_row(records, *step, columns)), " of the benchmark"
+    if not rows:
+        raise NotTestedError(f"{missing}, and there is no benchmark (make bench)")
+    return rows, missing, ""
 
 
 def _ratios(records: Records, task: str, method: str, rival: str, columns: tuple[str, ...]) -> dict:
@@ -226,31 +250,28 @@ def _ratios(records: Records, task: str, method: str, rival: str, columns: tuple
     return found
 
 
-def _bench_rows(records: Records, device: str, claim: Claim, columns: tuple[str, ...]) -> list[dict]:
-    """The benchmark's costs of each pair on each workload, all relative to SGD-m's step; `n` counts steps."""
-    rows = []
-    for workload, table in records.benches[device].groupby("workload"):
-        table = table.set_index("optimizer")
-        for method, rival in claim.pairs:
-            if not {method, rival} <= set(table.index):
-                raise NotTestedError(f"the benchmark on {device} has no {method} or no {rival} on {workload}")
-            row = {"task": f"{workload} ({device})", "method": method, "rival": rival, "n": int(table.steps[method])}
-            rows.append(row | {c: float(table[COSTS[c]][method] / table[COSTS[c]][rival]) for c in columns})
-    return rows
+def _bench_row(records: Records, device: str, workload: str, method: str, rival: str, columns: tuple[str, ...]) -> dict:
+    """The benchmark's costs of a pair on a workload, all relative to SGD-m's step; `n` counts steps."""
+    table = records.benches[device]
+    table = table[table.workload == workload].set_index("optimizer")
+    if not {method, rival} <= set(table.index):
+        raise NotTestedError(f"the benchmark on {device} has no {method} or no {rival} on {workload}")
+    row = {"task": f"{workload} ({device})", "method": method, "rival": rival, "n": int(table.steps[method])}
+    return row | {c: float(table[COSTS[c]][method] / table[COSTS[c]][rival]) for c in columns}
 
 
 def rescaling_cost(records: Records, claim: Claim) -> list[Verdict]:
     """AD-1: (time, memory) is about (1.5, 2) or about (2, 1) times the gradient's, or less."""
 
     def judge() -> Verdict:
-        rows, where = _cost_rows(records, claim, *COSTS)
+        rows, missing, where = _cost_rows(records, claim, *COSTS)
         for row in rows:
             row |= {"ratio": row.pop("seconds_per_step"), "memory_ratio": row.pop("peak_memory_bytes")}
             row["holds"] = any(
                 row["ratio"] <= time * (1 + ABOUT) and row["memory_ratio"] <= memory * (1 + ABOUT)
                 for time, memory in ((1.5, 2.0), (2.0, 1.0))
             )
-        return _all_hold("cost per step", rows, "costs more", where)
+        return _all_hold("cost per step", rows, "costs more", where, missing)
 
     return [guarded("cost per step", judge)]
 
@@ -282,7 +303,8 @@ def two_regimes(records: Records, claim: Claim) -> list[Verdict]:
 
     def judge() -> Verdict:
         (method,) = claim.methods
-        return _all_hold("two regimes", [_regimes(records, t, method) for t in tasks_of(records, claim)], "has none")
+        rows, missing = each([(task, method) for task in tasks_of(records, claim)], partial(_regimes, records))
+        return _all_hold("two regimes", rows, "has none", missing=missing)
 
     return [guarded("two regimes", judge)]
 
@@ -321,35 +343,37 @@ def mean_step_sizes(records: Records, run: str) -> pd.Series:
 
 def _schedule(records: Records, claim: Claim) -> Verdict:
     """From their peak on, the step sizes fall like a schedule's: Spearman's correlation with time, Holm over all."""
-    rows = []
-    for task in tasks_of(records, claim):
-        for method in claim.methods:
-            seeds = [mean_step_sizes(records, run) for run in runs_of(records, task, method).run]
-            sizes = np.exp(pd.concat([np.log(s) for s in seeds], axis=1).mean(axis=1)).sort_index()
-            fall = sizes.loc[sizes.idxmax() :] if len(sizes) else sizes
-            if len(sizes) < 5:
-                raise NotTestedError(f"{method} on {task} has step sizes at {len(sizes)} evaluations, 5 are needed")
-            test = scipy_stats.spearmanr(fall.index, fall, alternative="less") if len(fall) > 4 else None
-            row = {"task": task, "method": method, "n": len(seeds), "peak_at": float(sizes.idxmax() / sizes.index[-1])}
-            row |= {"last_over_peak": float(fall.iloc[-1] / fall.iloc[0])}
-            correlation, p = (float(test.statistic), float(test.pvalue)) if test else (np.nan, 1.0)
-            rows.append(row | {"correlation": correlation, "p": p})
+    cases = [(task, method) for task in tasks_of(records, claim) for method in claim.methods]
+    rows, missing = each(cases, partial(_fall, records))
     for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
         row |= {"p_holm": float(p), "holds": bool(p <= statistics.ALPHA)}
-    return _all_hold("step sizes as a schedule", rows, "has no falling trend")
+    return _all_hold("step sizes as a schedule", rows, "has no falling trend", missing=missing)
+
+
+def _fall(records: Records, task: str, method: str) -> dict:
+    seeds = [mean_step_sizes(records, run) for run in runs_of(records, task, method).run]
+    sizes = np.exp(pd.concat([np.log(s) for s in seeds], axis=1).mean(axis=1)).sort_index()
+    if len(sizes) < 5:
+        raise NotTestedError(f"{method} on {task} has step sizes at {len(sizes)} evaluations, 5 are needed")
+    fall = sizes.loc[sizes.idxmax() :]
+    test = scipy_stats.spearmanr(fall.index, fall, alternative="less") if len(fall) > 4 else None
+    correlation, p = (float(test.statistic), float(test.pvalue)) if test else (np.nan, 1.0)
+    row = {"task": task, "method": method, "n": len(seeds), "peak_at": float(sizes.idxmax() / sizes.index[-1])}
+    return row | {"last_over_peak": float(fall.iloc[-1] / fall.iloc[0]), "correlation": correlation, "p": p}
 
 
 def _insensitive(records: Records, claim: Claim) -> Verdict:
     """Final training loss within 10 % of the best over two decades of one field of the method's config."""
-    rows = []
-    for task in tasks_of(records, claim):
-        for method in claim.methods:
-            field, values = _varied_field(records, task, method)
-            near = statistics.near_best(values.to_numpy(), within=INSENSITIVE)
-            row = {"task": task, "method": method, "field": field, "n": len(values)}
-            row |= {"from": float(values.index.min()), "to": float(values.index.max())}
-            rows.append(row | {"holds": bool(near.all())})
-    return _all_hold("insensitivity", rows, "is sensitive")
+    cases = [(task, method) for task in tasks_of(records, claim) for method in claim.methods]
+    rows, missing = each(cases, partial(_near_best, records))
+    return _all_hold("insensitivity", rows, "is sensitive", missing=missing)
+
+
+def _near_best(records: Records, task: str, method: str) -> dict:
+    field, values = _varied_field(records, task, method)
+    near = statistics.near_best(values.to_numpy(), within=INSENSITIVE)
+    row = {"task": task, "method": method, "field": field, "n": len(values)}
+    return row | {"from": float(values.index.min()), "to": float(values.index.max()), "holds": bool(near.all())}
 
 
 def _varied_field(records: Records, task: str, method: str) -> tuple[str, pd.Series]:

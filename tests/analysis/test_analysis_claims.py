@@ -105,6 +105,22 @@ def test_deleting_records_makes_claims_not_tested(tmp_path):
     assert set(verdicts(tmp_path).values()) == {UNTESTED}
 
 
+def test_what_can_be_compared_is_shown_beside_what_is_missing(tmp_path, good):
+    shutil.copytree(good, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "runs" / "gcn_sbm" / "kfac")
+    for claim in claims.judge(load(tmp_path / "part")):
+        for verdict in claim["verdicts"]:
+            rows = {(row["task"], row.get("rival")) for row in verdict["rows"]}
+            assert ("gcn_sbm", "kfac") not in rows
+            if claim["id"] == "MBF-2":
+                assert verdict["verdict"] == UNTESTED
+                assert {("gcn_sbm", "shampoo"), ("autoencoder_curves_small", "kfac")} < rows and len(rows) == 7
+                reason = "kfac has 0 of 3 seeds on gcn_sbm; 7 of the 7 comparisons that there are hold"
+                assert verdict["reason"] == reason
+            if claim["id"] == "QN-1":
+                assert verdict["verdict"] == YES  # it is about autoencoders alone
+
+
 def test_interrupted_runs_do_not_count(tmp_path):
     planted(tmp_path, seeds=2)
     write_run(tmp_path, TASKS[0], "lw_sgdm", 2, METHODS["lw_sgdm"], status="interrupted")
@@ -184,6 +200,8 @@ def test_time_claims_fall_back_on_the_benchmark(contended):
     assert verdicts(contended, "LW-4")["LW-4", "time per step"] == NO
     bench(contended, sgdm=1, lw_sgdm=1.9)
     assert verdicts(contended, "LW-4")["LW-4", "time per step"] == UNTESTED
+    (verdict,) = claim.test(load(contended), claim)
+    assert verdict.reason.endswith("; 1 of the 1 comparisons that there are of the benchmark hold")
     bench(contended, sgdm=1, sgd=0.5, curvature_rescaling=0.8)  # AD-1 is about SGD, not SGD-m
     assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == YES
     bench(contended, sgdm=1, sgd=0.5, curvature_rescaling=1.3)
