@@ -232,7 +232,11 @@ def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict
     workloads = [(device, name) for device, table in records.benches.items() for name in table.workload.unique()]
     if missing and workloads:
         steps = [(*workload, *pair) for workload in workloads for pair in claim.pairs]
-        return *each(steps, lambda *step: _bench_row(records, *step, columns)), " of the benchmark"
+        try:
+            return *each(steps, lambda *step: _bench_row(records, *step, columns)), " of the benchmark"
+        except NotTestedError:
+            if not rows:
+                raise
     if not rows:
         raise NotTestedError(f"{missing}, and there is no benchmark (make bench)")
     return rows, missing, ""

@@ -121,6 +121,16 @@ def test_what_can_be_compared_is_shown_beside_what_is_missing(tmp_path, good):
                 assert verdict["verdict"] == YES  # it is about autoencoders alone
 
 
+def test_a_benchmark_without_a_method_does_not_hide_its_runs(tmp_path):
+    root = planted(tmp_path / "quick", METHODS | {"mbf": ALL["mbf"]})
+    shutil.rmtree(root / "runs" / "gcn_sbm" / "mbf")
+    bench(root, sgdm=1, lw_sgdm=1.9)
+    (claim,) = [claim for claim in claims.CLAIMS if claim.id == "MBF-1"]
+    (verdict,) = claim.test(load(root), claim)
+    assert verdict.verdict == UNTESTED and [row["task"] for row in verdict.rows] == ["cnn_digits"]
+    assert verdict.reason == "mbf has 0 of 3 seeds on gcn_sbm; 1 of the 1 comparisons that there are hold"
+
+
 def test_interrupted_runs_do_not_count(tmp_path):
     planted(tmp_path, seeds=2)
     write_run(tmp_path, TASKS[0], "lw_sgdm", 2, METHODS["lw_sgdm"], status="interrupted")
