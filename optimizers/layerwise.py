@@ -40,6 +40,7 @@ for a third of a gradient:
     η = max(⟨f(θ⁺) − f(θ) + Σ_l α_l ρ'_l⟩ / ⟨½ αᵀQα⟩, s),
 
 both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is the plain slope, weight decay's included.
+A comparison says nothing where ``½ αᵀQα`` is within the losses' rounding (below), and is left out.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
@@ -63,12 +64,14 @@ take hundreds of steps to grow. On a BatchNorm CNN long noisy steps cost the min
 mode, whose statistics lag behind the weights, half a unit of loss. Adam's direction moreover keeps its length when the
 examples are fitted and slope and curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with
 ``f_0`` the first one and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a
-direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. There trust
-shrinks by ``|f| / ε|f_0|``. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient,
-and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average
-lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once. Where the examples
-are fitted step sizes grow as slope and curvature die away, and one batch that is not fitted makes the direction several
-times as long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones.
+direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. A step taken
+there is shorter by ``|f| / ε|f_0|``, and no average or bound remembers that batch, or the next one that is not fitted
+would find step sizes of nothing. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a
+gradient, and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and
+its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once. Where
+the examples are fitted step sizes grow as slope and curvature die away, and one batch that is not fitted makes the
+direction several times as long as it has been; so no step is longer than ``stretch`` times the average of the layer's
+last ones.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -320,7 +323,11 @@ class Layerwise(LayeredOptimizer):
         late = max(search["measured"] - self.settling, 0)
         absent = self.averaging ** (search["measured"] - late + late * self._span)
         past = ((self._past(search) - absent) / (1 - absent)) ** count
-        search[name] = value.lerp(search[name], past) if name in search else value
+        self._remember(search, name, value.lerp(search[name], past) if name in search else value)
+
+    def _remember(self, search: dict, name: str, value: Tensor) -> None:
+        """Keep ``value``, unless the batch's loss is down to rounding: then what was known."""
+        search[name] = value.where(search["resolved"] == 1, search[name]) if name in search else value
 
     def _due(self, minibatch: Minibatch, search: dict) -> Due:
         """Once settled curvature skips the measurement of noise, and the loss is compared after the next one."""
@@ -401,7 +408,7 @@ class Layerwise(LayeredOptimizer):
         count = search["measured"] // self.correct_every + 1
         # a plain mean until the average has its length
         weight = max(1 - self._past(search) ** self.correct_every, 1 / count)
-        search["noise"] = search["noise"].lerp(noise, weight) if "noise" in search else noise
+        self._remember(search, "noise", search["noise"].lerp(noise, weight) if "noise" in search else noise)
 
     def _compare(self, line: Line, loss: Tensor, search: dict) -> None:
         """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
@@ -411,7 +418,8 @@ class Layerwise(LayeredOptimizer):
         modelled = sizes @ line.curvature @ sizes / squared_length
         past = search.get("along_step", modelled.expand(2))
         weight = 1 - self._past(search) ** self.correct_every
-        search["along_step"] = past.lerp(torch.stack([seen, modelled]), weight)
+        told = modelled * squared_length / 2 > self._rounding(search)  # else the losses' difference is their rounding
+        search["along_step"] = past.lerp(torch.stack([seen, modelled]), weight).where(told, past)
 
     def _correction(self, search: dict, share: Tensor) -> Tensor:
         """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
@@ -437,14 +445,14 @@ class Layerwise(LayeredOptimizer):
     def _bounded(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
         """The step sizes within warm-up, trust, growth and stretch."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
-        trust = self.trust * search["resolved"] * share**self.caution
-        sizes = torch.minimum(sizes, trust * self._weight_norms() * per_length)
+        sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(self.growth * sizes, ceiling.nan_to_num(posinf=0.0) / 2)
-        search["ceiling"] = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
-        return sizes
+        ceiling = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
+        self._remember(search, "ceiling", ceiling)
+        return sizes * search["resolved"]  # of this batch alone, so not remembered
 
     def _unstretched(self, sizes: Tensor, per_length: Tensor, search: dict) -> Tensor:
         """Step sizes that make no step longer than ``stretch`` times the average of the last ones."""
@@ -452,13 +460,18 @@ class Layerwise(LayeredOptimizer):
         sizes = torch.where(usual > 0, torch.minimum(sizes, self.stretch * usual * per_length), sizes)
         length = sizes / per_length
         weight = 1 - self._past(search) ** 2  # half as long a memory as the other averages
-        search["usual_length"] = torch.where(usual > 0, usual.lerp(length, weight), length)
+        self._remember(search, "usual_length", torch.where(usual > 0, usual.lerp(length, weight), length))
         return sizes
 
     def _resolved(self, loss: Tensor, search: dict) -> Tensor:
         """1, but for a loss that is down to rounding: its share of that."""
-        rounding = torch.finfo(loss.dtype).eps * search.setdefault("first_loss", loss).abs()
-        return (loss.abs() / rounding.clamp_min(torch.finfo(loss.dtype).tiny)).clamp(max=1.0)
+        search.setdefault("first_loss", loss)
+        return (loss.abs() / self._rounding(search)).clamp(max=1.0)
+
+    def _rounding(self, search: dict) -> Tensor:
+        """``ε|f_0|``: losses and differences of losses below that are rounding."""
+        number = torch.finfo(search["first_loss"].dtype)
+        return (number.eps * search["first_loss"].abs()).clamp_min(number.tiny)
 
     def _weight_norms(self) -> Tensor:
         """``‖θ_l‖``, at least ``r_l``; unlimited for other vectors that start at zero."""

@@ -418,6 +418,20 @@ def test_a_fitted_batch_stays_fitted(method):
 
 
 @BOTH
+def test_a_new_batch_is_fitted_after_one_that_has_been_for_long(method):
+    """Of losses down to rounding nothing is remembered: they once took the step sizes to nothing, for good."""
+    torch.manual_seed(0)
+    objective = Objective(nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3)), Categorical(), population=16)
+    x, y = torch.randn(16, 16), torch.randint(0, 3, (16,))
+    optimizer = method(objective.model.parameters())
+    for _ in range(500):
+        loss = optimizer.step(objective(x[:8], y[:8]))
+    assert loss < 1e-7
+    losses = [float(optimizer.step(objective(x[8:], y[8:]))) for _ in range(60)]
+    assert losses[0] > 1 and losses[-1] < 0.01
+
+
+@BOTH
 @pytest.mark.parametrize("every", [1, 4])
 def test_work_per_step(method, every):
     model = small_network()
