@@ -40,7 +40,7 @@ for a third of a gradient:
     η = max(⟨f(θ⁺) − f(θ) + Σ_l α_l ρ'_l⟩ / ⟨½ αᵀQα⟩, s),
 
 both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is the plain slope, weight decay's included.
-A comparison says nothing where ``½ αᵀQα`` is within the losses' rounding (below), and is left out.
+Where ``½ αᵀQα`` is within the losses' rounding (below) a comparison says nothing, and its ratio is taken for 1.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
@@ -63,15 +63,15 @@ normalisations a quarter) of the norm that torch starts such a layer with: one t
 take hundreds of steps to grow. On a BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in evaluation
 mode, whose statistics lag behind the weights, half a unit of loss. Adam's direction moreover keeps its length when the
 examples are fitted and slope and curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with
-``f_0`` the first one and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a
-direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. A step taken
-there is shorter by ``|f| / ε|f_0|``, and no average or bound remembers that batch, or the next one that is not fitted
-would find step sizes of nothing. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a
-gradient, and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and
-its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once. Where
-the examples are fitted step sizes grow as slope and curvature die away, and one batch that is not fitted makes the
-direction several times as long as it has been; so no step is longer than ``stretch`` times the average of the layer's
-last ones.
+``f_0`` the first one (that of outputs of zero if it is larger) and ``ε`` its number format's, so is all that is
+measured, while step sizes still grow against a direction that dies away, until one entry comes to life: on full batches
+that ended fits of 1e-8 at 1. A step taken there is shorter by ``|f| / ε|f_0|``, and no average or bound remembers that
+batch, or the next one that is not fitted would find step sizes of nothing. Step sizes start at ``1/warmup`` of their
+value, each layer's when it first has a gradient (that is more than rounding), and grow by a factor of at most
+``growth`` at each measurement, because curvature rises while steps grow and its average lags behind. They may fall at
+any pace, and after a fall regain half of their last ceiling at once. Where the examples are fitted step sizes grow as
+slope and curvature die away, and one batch that is not fitted makes the direction several times as long as it has been;
+so no step is longer than ``stretch`` times the average of the layer's last ones.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -352,7 +352,9 @@ class Layerwise(LayeredOptimizer):
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
-        search["resolved"] = self._resolved(loss, search)
+        if "rounding" not in search:
+            search["rounding"] = _rounding(loss, minibatch.null_loss(trace.outputs))
+        search["resolved"] = (loss.abs() / search["rounding"]).clamp(max=1.0)
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         line_slope = (slope + decay_slope) / minibatch.clipped
@@ -367,7 +369,7 @@ class Layerwise(LayeredOptimizer):
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
-        search["moved"] = search.get("moved", 0) + (length > 0).to(length)
+        search["moved"] = search.get("moved", 0) + ((length > 0) & (search["resolved"] == 1)).to(length)
         self._add(search, slope, q, per_length)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
@@ -416,10 +418,11 @@ class Layerwise(LayeredOptimizer):
         squared_length = (sizes / line.per_length).square().sum().clamp_min(torch.finfo(sizes.dtype).tiny)
         seen = 2 * (loss - line.loss + line.slope @ sizes) / squared_length
         modelled = sizes @ line.curvature @ sizes / squared_length
+        # where the losses' difference is rounding the model has to be believed
+        seen = seen.where(modelled * squared_length / 2 > search["rounding"], modelled)
         past = search.get("along_step", modelled.expand(2))
         weight = 1 - self._past(search) ** self.correct_every
-        told = modelled * squared_length / 2 > self._rounding(search)  # else the losses' difference is their rounding
-        search["along_step"] = past.lerp(torch.stack([seen, modelled]), weight).where(told, past)
+        self._remember(search, "along_step", past.lerp(torch.stack([seen, modelled]), weight))
 
     def _correction(self, search: dict, share: Tensor) -> Tensor:
         """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
@@ -463,16 +466,6 @@ class Layerwise(LayeredOptimizer):
         self._remember(search, "usual_length", torch.where(usual > 0, usual.lerp(length, weight), length))
         return sizes
 
-    def _resolved(self, loss: Tensor, search: dict) -> Tensor:
-        """1, but for a loss that is down to rounding: its share of that."""
-        search.setdefault("first_loss", loss)
-        return (loss.abs() / self._rounding(search)).clamp(max=1.0)
-
-    def _rounding(self, search: dict) -> Tensor:
-        """``ε|f_0|``: losses and differences of losses below that are rounding."""
-        number = torch.finfo(search["first_loss"].dtype)
-        return (number.eps * search["first_loss"].abs()).clamp_min(number.tiny)
-
     def _weight_norms(self) -> Tensor:
         """``‖θ_l‖``, at least ``r_l``; unlimited for other vectors that start at zero."""
         norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
@@ -491,6 +484,12 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
     """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
     along = lengths @ curvature @ lengths
     return torch.where(along > 0, slope @ lengths / along, 1.0)
+
+
+def _rounding(*losses: Tensor) -> Tensor:
+    """``ε max|f_0|``: what of a loss, or of the difference of two, is rounding."""
+    number = torch.finfo(losses[0].dtype)
+    return (number.eps * torch.stack(losses).abs().amax()).clamp_min(number.tiny)
 
 
 def _least_norm(layer: Layer) -> float:
