@@ -15,6 +15,9 @@ from optimizers import Objective
 CONFIGS = Path(__file__).parents[2] / "configs" / "optimizer"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
+# The layer-wise methods without the bounds on their steps, but for trust.
+UNBOUNDED = {"warmup": 1, "growth": 1e9, "stretch": 1e9}
+
 # Settings that suit the two small problems here, where a method's published default is for larger ones.
 FOR_UNIT_CURVATURE = {
     "sgd": {"lr": 0.3},

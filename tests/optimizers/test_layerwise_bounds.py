@@ -1,0 +1,181 @@
+"""The layer-wise methods' bounds: trust, warm-up, growth, stretch, and what a loss that is rounding may do."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.likelihoods import Categorical, Gaussian
+from optimizers import LWAdamW, LWSGDm, Objective
+from tests.optimizers.cases import UNBOUNDED, small_batch, small_network, small_objective
+
+BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
+
+
+@BOTH
+def test_no_step_is_zero_for_good(method):
+    """Labels that are pure noise: the corrected slope averages to nothing, and the steps stay positive."""
+    model = small_network()
+    objective = small_objective(model)
+    optimizer = method(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    x, _ = small_batch()
+    for _ in range(60):
+        optimizer.step(objective(x, torch.randint(0, 3, (len(x),), generator=generator)))
+    sizes = torch.stack([layer["step_size"] for layer in optimizer.diagnostics().values()])
+    assert (sizes > 0).all()
+
+
+@BOTH
+def test_layers_behind_one_that_starts_at_zero_begin_when_they_have_a_gradient(method):
+    """The first gradient of all layers but the last is exactly zero; that must not be taken for their scale."""
+    torch.manual_seed(0)
+    model = small_network()
+    last = list(model.modules())[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    objective, optimizer = small_objective(model), method(model.parameters(), warmup=4)
+    first, sizes = objective.layers[0].parameters[0], []
+    for _ in range(30):
+        before = first.detach().clone()
+        optimizer.step(objective(*small_batch()))
+        sizes.append(optimizer._search["step_size"][0].item())
+        assert torch.equal(before, first) == (len(sizes) == 1)
+    assert sizes[1] > 0
+    assert optimizer._search["moved"][0] == 29
+    assert last.weight.norm() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("module", "part"), [(nn.Linear(400, 300), 0.5), (nn.Conv2d(30, 40, 5), 0.5), (nn.BatchNorm2d(64), 0.25)]
+)
+def test_trust_is_relative_to_no_less_than_a_part_of_the_norm_that_torch_starts_with(module, part):
+    """So that a layer can leave zero."""
+    objective = small_objective(module)
+    optimizer = LWSGDm(module.parameters())
+    optimizer._layers = objective.layers
+    started = optimizer._weight_norms()
+    torch.testing.assert_close(started, torch.cat([p.flatten() for p in module.parameters()]).norm().view(1))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    torch.testing.assert_close(optimizer._weight_norms(), part * started, rtol=0.05, atol=0)
+
+
+@BOTH
+def test_trust_growth_and_warm_up_bound_the_steps(method):
+    model = small_network()
+    objective = small_objective(model)
+    optimizer = method(model.parameters(), sigma=1.0, growth=1.03, trust=0.01)
+    sizes = []
+    for _ in range(50):
+        before = [p.detach().clone() for p in objective.layers[0].parameters]
+        optimizer.step(objective(*small_batch()))
+        sizes.append(optimizer._search["step_size"])
+        moved = sum(((p - q) ** 2).sum() for p, q in zip(objective.layers[0].parameters, before, strict=True)) ** 0.5
+        assert moved <= 1.01 * 0.01 * sum((q**2).sum() for q in before) ** 0.5
+    ceilings = torch.stack([torch.stack(sizes[:i]).amax(0) for i in range(1, 51)])
+    assert (ceilings[1:] / ceilings[:-1]).max() < 1.03 * 1.0001
+
+
+@BOTH
+@pytest.mark.parametrize("stretch", [1.2, 2.0, 1e9])
+def test_a_steep_batch_stretches_the_step_no_further_than_its_bound(method, stretch):
+    """A batch that is much steeper than those before it would be followed by a step thrice as long."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2, bias=False).double()
+    x, y = torch.randn(64, 4, dtype=torch.float64), torch.randn(64, 2, dtype=torch.float64)
+    objective = Objective(model, Gaussian(), population=64)
+    optimizer = method(model.parameters(), sigma=1e-3, trust=1e9, **UNBOUNDED | {"stretch": stretch})
+    lengths, usual, factors = [], None, []
+    for step in range(40):
+        before = model.weight.detach().clone()
+        optimizer.step(objective(x, (300 if step == 39 else 1) * y))
+        lengths.append((model.weight - before).norm().item())
+        factors.append(lengths[-1] / (usual or lengths[-1]))
+        usual = lengths[-1] if usual is None else 0.95**2 * usual + (1 - 0.95**2) * lengths[-1]
+    assert max(factors) <= stretch * 1.0001
+    if stretch < 10:
+        assert factors[-1] == pytest.approx(stretch)
+    else:
+        assert factors[-1] > 3
+
+
+@BOTH
+@pytest.mark.parametrize("caution", [0.0, 1.5])
+@pytest.mark.parametrize(("signal", "share"), [(1.0, 1.0), (0.5, 0.5), (0.1, 0.2)])  # the floor is a fifth
+def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
+    """Where the model has next to no curvature, a layer moves by τ s^χ of its weights."""
+    model = small_network()
+    optimizer = method(model.parameters(), trust=0.02, caution=caution, averaging=0.0, **UNBOUNDED)
+    optimizer.step(small_objective(model)(*small_batch()))
+    search, one = optimizer._search, torch.ones(len(optimizer._layers))
+    search |= {"slope": one, "noise": (1 - signal) * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
+    optimizer._search_step_sizes(search, per_length=one)
+    torch.testing.assert_close(search["step_size"], 0.02 * share**caution * optimizer._weight_norms())
+
+
+@BOTH
+def test_a_batch_whose_loss_is_rounding_shortens_its_step_and_is_not_remembered(method):
+    torch.manual_seed(0)
+    model = small_network()
+    optimizer, objective = method(model.parameters()), small_objective(model)
+    for _ in range(25):
+        optimizer.step(objective(*small_batch()))
+    search = optimizer._search
+    known = {name: value.clone() for name, value in search.items() if isinstance(value, torch.Tensor)}
+    search["rounding"] = 10 * objective(*small_batch()).evaluate()
+    optimizer.step(objective(*small_batch()))
+    for name in ("slope", "noise", "curvature", "along_step", "ceiling", "usual_length"):
+        torch.testing.assert_close(search[name], known[name], rtol=0, atol=0)
+    torch.testing.assert_close(search["resolved"], torch.tensor(0.1))
+    length = search["step_size"] * known["usual_length"] / known["step_size"]
+    assert (length < 0.15 * known["usual_length"]).all()
+
+
+def test_null_loss_is_that_of_outputs_of_zero():
+    objective = Objective(nn.Linear(4, 3), Categorical())
+    batch = objective(torch.randn(8, 4), torch.randint(0, 3, (8,)))
+    assert batch.null_loss(torch.randn(8, 3)) == pytest.approx(math.log(3))
+
+
+@BOTH
+def test_a_fitted_batch_stays_fitted(method):
+    """A full batch down to a loss of nothing, and hundreds of steps more: each was lost again once it was rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 3)
+    )
+    objective = Objective(model, Categorical(), population=64)
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    optimizer = method(model.parameters())
+    losses = torch.stack([optimizer.step(objective(x, y)) for _ in range(600)])
+    assert losses[-1] < 1e-6
+    assert losses[300:].max() < 1e-4
+
+
+def test_a_fitted_model_stays_fitted_by_a_new_optimizer():
+    """Rounding is measured by the loss of outputs of zero too, not by a first loss of next to nothing alone."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 3))
+    objective = Objective(model, Categorical(), population=64)
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    for steps in (300, 600):
+        optimizer = LWSGDm(model.parameters())
+        losses = torch.stack([optimizer.step(objective(x, y)) for _ in range(steps)])
+    assert losses.max() < 1e-6
+
+
+@BOTH
+def test_a_new_batch_is_fitted_after_one_that_has_been_for_long(method):
+    """Of losses down to rounding nothing is remembered: they once took the step sizes to nothing, for good."""
+    torch.manual_seed(0)
+    objective = Objective(nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3)), Categorical(), population=16)
+    x, y = torch.randn(16, 16), torch.randint(0, 3, (16,))
+    optimizer = method(objective.model.parameters())
+    for _ in range(500):
+        loss = optimizer.step(objective(x[:8], y[:8]))
+    assert loss < 1e-7
+    losses = [float(optimizer.step(objective(x[8:], y[8:]))) for _ in range(60)]
+    assert losses[0] > 1 and losses[-1] < 0.01
