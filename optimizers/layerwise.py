@@ -63,15 +63,15 @@ normalisations a quarter) of the norm that torch starts such a layer with: one t
 take hundreds of steps to grow. On a BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in evaluation
 mode, whose statistics lag behind the weights, half a unit of loss. Adam's direction moreover keeps its length when the
 examples are fitted and slope and curvature are next to nothing. And once the loss is down to rounding, ``ε|f_0|`` with
-``f_0`` the first one (that of outputs of zero if it is larger) and ``ε`` its number format's, so is all that is
-measured, while step sizes still grow against a direction that dies away, until one entry comes to life: on full batches
-that ended fits of 1e-8 at 1. A step taken there is shorter by ``|f| / ε|f_0|``, and no average or bound remembers that
-batch, or the next one that is not fitted would find step sizes of nothing. Step sizes start at ``1/warmup`` of their
-value, each layer's when it first has a gradient (that is more than rounding), and grow by a factor of at most
-``growth`` at each measurement, because curvature rises while steps grow and its average lags behind. They may fall at
-any pace, and after a fall regain half of their last ceiling at once. Where the examples are fitted step sizes grow as
-slope and curvature die away, and one batch that is not fitted makes the direction several times as long as it has been;
-so no step is longer than ``stretch`` times the average of the layer's last ones.
+``f_0`` that of some first examples (of outputs of zero if that is larger) and ``ε`` its number format's, so is all that
+is measured, while step sizes still grow against a direction that dies away, until one entry comes to life: on full
+batches that ended fits of 1e-8 at 1. A step taken there is shorter by ``|f| / ε|f_0|``, and no average or bound
+remembers that batch, or the next one that is not fitted would find step sizes of nothing. Step sizes start at
+``1/warmup`` of their value, each layer's when it first has a gradient (that is more than rounding), and grow by a
+factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average lags behind.
+They may fall at any pace, and after a fall regain half of their last ceiling at once. Where the examples are fitted
+step sizes grow as slope and curvature die away, and one batch that is not fitted makes the direction several times as
+long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -351,9 +351,9 @@ class Layerwise(LayeredOptimizer):
         """Gradients, directions; the averages of the slope and of what else is due."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
-        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
         if "rounding" not in search:
-            search["rounding"] = _rounding(loss, minibatch.null_loss(trace.outputs))
+            search["rounding"] = _rounding(minibatch, trace.outputs)
+        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
         search["resolved"] = (loss.abs() / search["rounding"]).clamp(max=1.0)
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
@@ -486,10 +486,13 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(along > 0, slope @ lengths / along, 1.0)
 
 
-def _rounding(*losses: Tensor) -> Tensor:
-    """``ε max|f_0|``: what of a loss, or of the difference of two, is rounding."""
-    number = torch.finfo(losses[0].dtype)
-    return (number.eps * torch.stack(losses).abs().amax()).clamp_min(number.tiny)
+def _rounding(minibatch: Minibatch, outputs: Tensor) -> Tensor:
+    """``ε|f_0|``: what of a loss, or of the difference of two, is rounding. A loss that is not finite is no scale."""
+    some = slice(32)  # examples enough for a scale, and no memory to speak of
+    z, y = minibatch.labelled(outputs)[some], minibatch.targets[some]
+    losses = torch.stack([minibatch.objective.likelihood.nll(v, y).mean() for v in (z, torch.zeros_like(z))])
+    number = torch.finfo(losses.dtype)
+    return (number.eps * minibatch.mean(losses).nan_to_num(0.0, 0.0, 0.0).abs().amax()).clamp_min(number.tiny)
 
 
 def _least_norm(layer: Layer) -> float:

@@ -163,13 +163,6 @@ class Minibatch:
         loss = self.objective.likelihood.nll(self.labelled(outputs), self.targets).mean()
         return loss + sum(w / 2 * p.square().sum() for p, w in self.objective.penalty.items())
 
-    def null_loss(self, outputs: Tensor) -> Tensor:
-        """The loss if all outputs were zero, detached: a scale for the loss, wherever training starts.
-
-        0 where the likelihood has no finite one.
-        """
-        return self.mean(self.loss(torch.zeros_like(outputs)).detach()).nan_to_num(0.0, 0.0, 0.0)
-
     def labelled(self, outputs: Tensor) -> Tensor:
         """The outputs that have a target."""
         return outputs if self.rows is None else outputs[self.rows]

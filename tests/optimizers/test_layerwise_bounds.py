@@ -134,10 +134,15 @@ def test_a_batch_whose_loss_is_rounding_shortens_its_step_and_is_not_remembered(
     assert (length < 0.15 * known["usual_length"]).all()
 
 
-def test_null_loss_is_that_of_outputs_of_zero():
-    objective = Objective(nn.Linear(4, 3), Categorical())
-    batch = objective(torch.randn(8, 4), torch.randint(0, 3, (8,)))
-    assert batch.null_loss(torch.randn(8, 3)) == pytest.approx(math.log(3))
+@pytest.mark.parametrize(("bias", "scale"), [(0.0, math.log(3)), (100.0, 200 / 3)])
+def test_rounding_is_measured_by_the_first_loss_or_that_of_outputs_of_zero(bias, scale):
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([bias, 0.0, 0.0]))
+    optimizer = LWSGDm(model.parameters())
+    optimizer.step(Objective(model, Categorical())(torch.randn(9, 4), torch.arange(9) % 3))
+    assert optimizer._search["rounding"] == pytest.approx(torch.finfo(torch.float32).eps * scale)
 
 
 @BOTH
