@@ -70,8 +70,11 @@ remembers that batch, or the next one that is not fitted would find step sizes o
 ``1/warmup`` of their value, each layer's when it first has a gradient (that is more than rounding), and grow by a
 factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average lags behind.
 They may fall at any pace, and after a fall regain half of their last ceiling at once. Where the examples are fitted
-step sizes grow as slope and curvature die away, and one batch that is not fitted makes the direction several times as
-long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones.
+step sizes grow as slope and curvature die away. One batch that is not fitted then makes the direction several times as
+long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones. And weight decay,
+which does not die away, took a layer a tenth of its weights a step, faster than any average follows: a BatchNorm CNN at
+batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w ≤ σ ζ``, ``ζ = 5·10⁻⁴``: no more than a
+thousandth a step, what decay takes at a rate of 0.2 with a momentum of 0.9 and ``w = 5·10⁻⁴``.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -174,6 +177,9 @@ class Layerwise(LayeredOptimizer):
 
     #: Measurements that an average is made of, at least.
     FEWEST = 5
+
+    #: ``ζ``.
+    SHRINKAGE = 5e-4
 
     def __init__(
         self,
@@ -446,9 +452,10 @@ class Layerwise(LayeredOptimizer):
         search["step_size"] = self._bounded(sizes, share, per_length, search)
 
     def _bounded(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
-        """The step sizes within warm-up, trust, growth and stretch."""
+        """The step sizes within warm-up, trust, shrinkage, growth and stretch."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
         sizes = torch.minimum(sizes, self.trust * share**self.caution * self._weight_norms() * per_length)
+        sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
         # half the last ceiling at least: a step that fell to zero must be able to grow again
@@ -472,6 +479,12 @@ class Layerwise(LayeredOptimizer):
         least = torch.as_tensor([_least_norm(layer) for layer in self._layers], dtype=norms.dtype)
         norms = torch.maximum(norms, least.to(norms.device, non_blocking=True))
         return norms.masked_fill(norms == 0, torch.inf)
+
+    def _sizes_by_decay(self, like: Tensor) -> Tensor:
+        """``ζ / w``, by the largest decay of a layer's parameters."""
+        decay = [max(self.group(p)["weight_decay"] for p in layer.parameters) for layer in self._layers]
+        sizes = torch.as_tensor([self.SHRINKAGE / w if w else math.inf for w in decay], dtype=like.dtype)
+        return sizes.to(like.device, non_blocking=True)
 
     def _step_sizes(self, search: dict) -> Tensor:
         """``α``; ``σ`` is a group's ``lr``, and so for a scheduler to change."""

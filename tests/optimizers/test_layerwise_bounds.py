@@ -1,9 +1,10 @@
-"""The layer-wise methods' bounds: trust, warm-up, growth, stretch, and what a loss that is rounding may do."""
+"""The layer-wise methods' bounds: trust, warm-up, growth, stretch, decay, and what a loss that is rounding may do."""
 
 import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from models.likelihoods import Categorical, Gaussian
@@ -114,6 +115,47 @@ def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
     search |= {"slope": one, "noise": (1 - signal) * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
     optimizer._search_step_sizes(search, per_length=one)
     torch.testing.assert_close(search["step_size"], 0.02 * share**caution * optimizer._weight_norms())
+
+
+@BOTH
+def test_decay_takes_a_thousandth_of_a_layer_a_step_at_most(method):
+    """Where the model has next to no curvature and trust is wide; a bias without decay does not free its layer."""
+    model = small_network()
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = method(groups, trust=1e9, averaging=0.0, **UNBOUNDED)
+    optimizer.step(small_objective(model)(*small_batch()))
+    search, one = optimizer._search, torch.ones(len(optimizer._layers))
+    search |= {"slope": one, "noise": 0 * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
+    optimizer._search_step_sizes(search, per_length=one)
+    decayed = torch.tensor([any(p.dim() > 1 for p in layer.parameters) for layer in optimizer._layers])
+    sizes = optimizer._step_sizes(search)
+    assert decayed.any()
+    torch.testing.assert_close(sizes[decayed], 0.1 * one[decayed])
+    assert (sizes[~decayed] > 1).all()
+
+
+@BOTH
+def test_evaluation_keeps_up_with_a_fitted_full_batch(method):
+    """Decay once took a tenth of a layer a step: BatchNorm's statistics lagged, at a minibatch loss of nothing."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(images[:128] / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.as_tensor(labels[:128])
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(16, 10)),
+    )
+    objective, optimizer = (
+        Objective(model, Categorical(), population=128),
+        method(model.parameters(), weight_decay=5e-4),
+    )
+    losses = []
+    for _ in range(250):
+        optimizer.step(objective(x, y))
+        with torch.no_grad():
+            losses.append(Categorical().nll(model.eval()(x), y).mean())
+        model.train()
+    assert max(losses[150:]) < 5e-3
 
 
 @BOTH
