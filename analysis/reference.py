@@ -37,7 +37,7 @@ def keep(source: Path, target: Path) -> Path:
     try:
         fresh.chmod(0o755)
         for path in sorted(path for pattern in KEPT for path in source.glob(pattern)):
-            if path.name not in RECORD or _is_settled(path.parent):
+            if path.name not in RECORD or (_is_settled(path.parent) and _is_read(path)):
                 _copy(path, fresh / path.relative_to(source))
         if not (fresh / "runs").exists():
             raise FileNotFoundError(f"no finished runs in {source}; type make reproduce-paper PROFILE={source.name}")
@@ -53,6 +53,11 @@ def _is_settled(run: Path) -> bool:
     """Whether a run's record is final."""
     summary = run / "summary.json"
     return summary.exists() and json.loads(summary.read_text())["status"] in ("finished", "diverged")
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a report reads the file: of layers it draws step sizes, not how often a damping was raised."""
+    return path.name != "layers.csv" or ",step_size," in path.read_text()
 
 
 def _copy(path: Path, to: Path) -> None:

@@ -16,6 +16,8 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
     failed = write_run(source, "gcn_sbm", "sgd", 1, METHODS["sgdm"], status="failed")
     run = next((source / "runs").glob("gcn_sbm/sgdm/*"))
     (run / "checkpoint-100.pt").write_bytes(b"weights")
+    (run / "layers.csv").write_text("step,epoch,layer,quantity,value\n0,0.0,fc,raised_dampings,1.0\n")
+    stepped = next((source / "runs").glob("gcn_sbm/lw_sgdm/*/layers.csv"))
     (source.parent / "bench" / "cpu").mkdir(parents=True)
     (source.parent / "bench" / "cpu" / "context.csv").write_text("device\n")
     (target / "runs").mkdir(parents=True)
@@ -24,6 +26,8 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
     assert reference.keep(source, target) == target / "report" / "index.html"
     kept = target / run.relative_to(source)
     assert (kept / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+    assert not (kept / "layers.csv").exists()
+    assert (target / stepped.relative_to(source)).read_bytes() == stepped.read_bytes()
     assert not list(target.rglob("checkpoint*"))
     assert not (target / "runs" / failed).exists()
     assert not (target / "runs" / "of an earlier day").exists()
