@@ -118,7 +118,7 @@ def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
 
 
 @BOTH
-def test_decay_takes_a_thousandth_of_a_layer_a_step_at_most(method):
+def test_decay_takes_a_thousandth_of_a_layer_times_sigma_a_step_at_most(method):
     """Where the model has next to no curvature and trust is wide; a bias without decay does not free its layer."""
     model = small_network()
     matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
@@ -131,7 +131,7 @@ def test_decay_takes_a_thousandth_of_a_layer_a_step_at_most(method):
     decayed = torch.tensor([any(p.dim() > 1 for p in layer.parameters) for layer in optimizer._layers])
     sizes = optimizer._step_sizes(search)
     assert decayed.any()
-    torch.testing.assert_close(sizes[decayed], 0.1 * one[decayed])
+    torch.testing.assert_close(sizes[decayed], 2.0 * 0.001 / 0.01 * one[decayed])
     assert (sizes[~decayed] > 1).all()
 
 
