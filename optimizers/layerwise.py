@@ -73,8 +73,8 @@ They may fall at any pace, and after a fall regain half of their last ceiling at
 step sizes grow as slope and curvature die away. One batch that is not fitted then makes the direction several times as
 long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones. And weight decay,
 which does not die away, took a layer a tenth of its weights a step, faster than any average follows: a BatchNorm CNN at
-batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w ≤ σ ζ``, ``ζ = 10⁻³``: what decay takes of
-a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
+batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w ≤ σ ζ``, ``ζ = 10⁻³``: what decay takes
+of a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
