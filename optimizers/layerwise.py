@@ -178,7 +178,7 @@ class Layerwise(LayeredOptimizer):
     #: Measurements that an average is made of, at least.
     FEWEST = 5
 
-    #: ``ζ``.
+    #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
 
     def __init__(
