@@ -43,6 +43,7 @@ class Accumulated(Minibatch):
     def __init__(self, parts: list[Minibatch]) -> None:
         *self.others, last = parts
         super().__init__(last.objective, last.inputs, last.targets, None)
+        self.drawn = self.size * self.parts
 
     @property
     def parts(self) -> int:

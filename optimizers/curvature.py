@@ -13,7 +13,7 @@ that costs.
 =========================  ===============================================  ============  ========================
 estimator                  what it computes                                 unbiased for  work, gradient-equivalents
 =========================  ===============================================  ============  ========================
-``SampledFisher``          labels from the model, paired per example        C = GGN       (1 + share)/3
+``SampledFisher``          labels from the model, paired per example        C = GGN       2/3
 ``RandomSignHessian``      ``h = H(s∘d)``, ``½(s_k r_l + s_l r_k)``         C = H         2
 ``RandomSignGaussNewton``  the same with the Gauss–Newton matrix            C = GGN       2
 ``ExactGaussNewton``       one Jacobian–vector product per layer            C = GGN       1 + L: the oracle
@@ -26,7 +26,6 @@ the outputs are piecewise linear in one layer's weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,8 +47,7 @@ class SampledFisher:
 
         Q = (1/m) Σ_i s_i s_iᵀ.
 
-    Unbiased, positive semi-definite, nothing per-example stored but the ``(L, m)`` numbers ``s``. The mean over the
-    examples needs no more of them than its accuracy asks for: ``share`` of the batch is paired, drawn anew each time.
+    Unbiased, positive semi-definite, nothing per-example stored but the ``(L, m)`` numbers ``s``.
 
     Where examples mix (a graph's propagation) a label's derivative is spread over many rows: their sum is paired
     instead, ``Q = (1/m) (Σ_i s_i)(Σ_i s_i)ᵀ``, unbiased too because independently drawn labels have uncorrelated
@@ -58,29 +56,24 @@ class SampledFisher:
     example does to the others through the batch statistics.
 
     Args:
-        share: of the batch's examples, in (0, 1]; at least ``FEWEST`` of them.
         mixed_draws: label draws per call where examples mix.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    FEWEST = 32
-
-    def __init__(self, share: float = 0.25, mixed_draws: int = 4) -> None:
-        check(0 < share <= 1, "share", share, "in (0, 1]")
+    def __init__(self, mixed_draws: int = 4) -> None:
         check(mixed_draws >= 1, "mixed_draws", mixed_draws, "at least 1")
-        self.share, self.mixed_draws = share, mixed_draws
+        self.mixed_draws = mixed_draws
 
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
-        mixing = minibatch.mixing or any(call.output.shape[:1] != (minibatch.size,) for call in trace.calls)
+        mixing = minibatch.mixes(trace)
         draws = self.mixed_draws if mixing else 1
-        rows, size = (None, minibatch.size) if mixing else self._rows(minibatch, trace)
         tangents: dict[Call, Tensor] = {}
         slopes: dict[Layer, Tensor] = {}
 
         def pair(call: Call, delta: Tensor) -> None:
-            s = call.slopes(delta, directions[call.layer], rows)
+            s = call.slopes(delta, directions[call.layer])
             slopes[call.layer] = slopes[call.layer] + s if call.layer in slopes else s
 
         def pair_sum(call: Call, delta: Tensor) -> None:  # one tangent serves all draws
@@ -98,22 +91,9 @@ class SampledFisher:
             s = torch.stack([slopes.get(layer, none) for layer in directions])
             if mixing:
                 s = minibatch.mean(s) * minibatch.ranks**0.5  # one sum over all ranks' examples
-            q = q + s @ s.T / (size * draws)
-        minibatch.count(TANGENT * size / minibatch.size)
+            q = q + s @ s.T / (minibatch.size * draws)
+        minibatch.count(TANGENT)
         return q + _penalty(minibatch, directions)
-
-    def _rows(self, minibatch: Minibatch, trace: Trace) -> tuple[Tensor | None, float]:
-        """The examples that are paired (None: all), and how many that are by process.
-
-        Drawn, because the order of a full batch may carry meaning; of the whole batch, so that processes pair the
-        examples that one would, not each as many.
-        """
-        m = minibatch.size * minibatch.ranks
-        count = min(m, max(self.FEWEST, math.ceil(self.share * m)))
-        if count == m:
-            return None, minibatch.size
-        chosen = torch.randperm(m, generator=minibatch.objective.generator, device=trace.outputs.device)[:count]
-        return minibatch.own(chosen), count / minibatch.ranks
 
 
 class RandomSignHessian:

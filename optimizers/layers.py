@@ -66,26 +66,23 @@ class Layer:
         """
         return list(torch.autograd.grad(output, self.parameters, delta.to(output.dtype), retain_graph=True))
 
-    def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
+    def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``ż = (∂z/∂θ) d``, a new tensor, for a direction ``d`` in the layer's parameters.
 
         Args:
             inputs: what the module was called with.
             output: what it returned.
             direction: one tensor per parameter.
-            rows: indices of the examples asked for, the output's first dimension; None: all.
         """
         theta = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
         dot = dict(zip(self.names, direction, strict=True))
         with frozen_statistics(self.module):
             _, tangent = torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))
-        return tangent.clone() if rows is None else tangent[rows]
+        return tangent.clone()
 
-    def slopes(
-        self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor], rows: Tensor | None = None
-    ) -> Tensor:
-        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``, or of the given rows alone."""
-        product = self.tangent(inputs, output, direction, rows).mul_(_take(delta, rows))
+    def slopes(self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
+        product = self.tangent(inputs, output, direction).mul_(delta)
         return product.flatten(1).sum(1) if product.dim() > 1 else product
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
@@ -105,8 +102,8 @@ class LinearLayer(Layer):
         delta, a = delta.flatten(0, -2), inputs[0].flatten(0, -2)
         return self._named(weight=lambda: delta.T @ a, bias=lambda: delta.sum(0))
 
-    def tangent(self, inputs, output, direction, rows=None):
-        a, (weight, bias) = _take(inputs[0], rows), self._direction(direction)
+    def tangent(self, inputs, output, direction):
+        a, (weight, bias) = inputs[0], self._direction(direction)
         if weight is None:
             return bias.expand(*a.shape[:-1], -1).clone()
         return F.linear(a, weight, bias)
@@ -125,8 +122,8 @@ class ConvolutionLayer(Layer):
 
         return self._named(weight=weight, bias=lambda: delta.flatten(2).sum((0, 2)))
 
-    def tangent(self, inputs, output, direction, rows=None):
-        conv, a, (weight, bias) = self.module, _take(inputs[0], rows), self._direction(direction)
+    def tangent(self, inputs, output, direction):
+        conv, a, (weight, bias) = self.module, inputs[0], self._direction(direction)
         if weight is None:
             return bias.view(-1, *[1] * (len(output.shape) - 2)).expand(len(a), *output.shape[1:]).clone()
         form = (F.conv1d, F.conv2d, F.conv3d)[len(output.shape) - 3]
@@ -146,8 +143,8 @@ class NormalisationLayer(Layer):
             direction = [torch.zeros_like(p, requires_grad=True) for p in self.parameters]
             return list(torch.autograd.grad(self.tangent(inputs, output, direction), direction, delta))
 
-    def tangent(self, inputs, output, direction, rows=None):
-        norm, x, (weight, bias) = self.module, _take(inputs[0], rows), self._direction(direction)
+    def tangent(self, inputs, output, direction):
+        norm, x, (weight, bias) = self.module, inputs[0], self._direction(direction)
         if weight is None:
             shared = 0 if isinstance(norm, nn.LayerNorm) else len(output.shape) - 2
             return bias.view(*bias.shape, *[1] * shared).expand(len(x), *output.shape[1:]).clone()
@@ -155,7 +152,7 @@ class NormalisationLayer(Layer):
             return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
         if isinstance(norm, nn.GroupNorm):
             return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-        mean, variance = self._statistics(inputs[0], output)
+        mean, variance = self._statistics(x, output)
         return F.batch_norm(x, mean, variance, weight, bias, eps=norm.eps)
 
     def _statistics(self, x: Tensor, output: Tensor | Ghost) -> tuple[Tensor, Tensor]:
@@ -179,21 +176,17 @@ class EmbeddingLayer(Layer):
         index, delta = inputs[0].flatten(), delta.flatten(0, -2)
         return [torch.zeros_like(self.module.weight).index_add_(0, index, delta)]
 
-    def tangent(self, inputs, output, direction, rows=None):
-        return F.embedding(_take(inputs[0], rows), direction[0])
+    def tangent(self, inputs, output, direction):
+        return F.embedding(inputs[0], direction[0])
 
 
 class LinearGraphLayer(Layer):
     """A graph convolution, linear in all parameters below it: ``ż`` is the layer with the direction for parameters."""
 
-    def tangent(self, inputs, output, direction, rows=None):
+    def tangent(self, inputs, output, direction):
         absent = {n: torch.zeros_like(p) for n, p in self.module.named_parameters() if n not in self.names}
         parts = absent | dict(zip(self.names, direction, strict=True))
-        return _take(torch.func.functional_call(self.module, parts, inputs), rows)
-
-
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+        return torch.func.functional_call(self.module, parts, inputs)
 
 
 def _kind(module: nn.Module) -> type[Layer]:
@@ -273,8 +266,8 @@ class Call:
     def tangent(self, direction: Sequence[Tensor]) -> Tensor:
         return self.layer.tangent(self.inputs, self.output, direction)
 
-    def slopes(self, delta: Tensor, direction: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
-        return self.layer.slopes(self.inputs, self.output, delta, direction, rows)
+    def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
+        return self.layer.slopes(self.inputs, self.output, delta, direction)
 
 
 class _Visitor:

@@ -28,9 +28,15 @@ has the second moment of that noise, also where examples mix (BatchNorm, graphs)
     ρ_l = g_lᵀ d_l − ν · e_lᵀ M_l e_l.
 
 ``M = ∂d/∂g`` is the descent's metric; ``ν = 1 − m/n``, for a batch that is the whole training set has no sampling
-noise. Dropout has its own (``Minibatch.noise``). ``e`` costs two thirds of a gradient and changes slowly, so it is
+noise. Dropout has its own (``Minibatch.noise``). ``e`` costs as much as the curvature and changes slowly, so it is
 measured each ``correct_every``-th time, in place of the curvature once training has settled; the next curvature then
 counts twice. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
+
+**A sample of the batch.** Means over examples need no more of them than their accuracy asks for. So the gradient is
+the whole batch's, in a pass like any method's; curvature and noise come from every fourth example (at least 32), in a
+pass of its own: a quarter of a gradient, ``share (1/3 + 1/3 + 1/3)``: forward, activations' derivatives, tangents.
+BatchNorm normalises the sample by its own statistics there. Where examples mix (graphs) there is no sample, and what
+is measured is measured on the first pass.
 
 **Curvature of the loss itself.** Gauss–Newton leaves out how the outputs bend. Along the step the loss has half of the
 model's curvature on a BatchNorm ResNet, up to three times it on a graph, and as much on an autoencoder, so that no one
@@ -107,7 +113,7 @@ from torch import Tensor
 
 from optimizers.curvature import SampledFisher
 from optimizers.layered import LayeredOptimizer, RandomState, check, dot
-from optimizers.layers import Layer, NormalisationLayer, Trace
+from optimizers.layers import Layer, NormalisationLayer, Trace, frozen_statistics
 from optimizers.objective import Minibatch
 
 
@@ -167,6 +173,8 @@ class Layerwise(LayeredOptimizer):
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
         settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
         correct_every: measure the noise in the slope and the loss's own curvature every so many measurements.
+        share: of a batch's examples, in (0, 1]: curvature and noise are measured on so many, at least, and on no less
+            than ``FEWEST_EXAMPLES``; on all where examples mix.
         curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
 
     Raises:
@@ -177,6 +185,9 @@ class Layerwise(LayeredOptimizer):
 
     #: Measurements that an average is made of, at least.
     FEWEST = 5
+
+    #: Examples that curvature and noise are measured on, at least.
+    FEWEST_EXAMPLES = 32
 
     #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
@@ -198,6 +209,7 @@ class Layerwise(LayeredOptimizer):
         every: int = 1,
         settling: int = 100,
         correct_every: int = 5,
+        share: float = 0.25,
         curvature=None,
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
@@ -213,6 +225,7 @@ class Layerwise(LayeredOptimizer):
         check(settling >= 0, "settling", settling, "at least 0")
         whole = correct_every >= 1 and correct_every == int(correct_every)
         check(whole, "correct_every", correct_every, "a whole number, at least 1")
+        check(0 < share <= 1, "share", share, "in (0, 1]")
         super().__init__(params, {"lr": sigma} | defaults)
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
@@ -220,7 +233,7 @@ class Layerwise(LayeredOptimizer):
         self.averaging, self.floor = averaging, floor
         self.warmup, self.growth, self.stretch = warmup, growth, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
-        self.own, self.trust, self.caution = own, trust, caution
+        self.own, self.trust, self.caution, self.share = own, trust, caution, share
         self.curvature = SampledFisher() if curvature is None else curvature
 
     @torch.no_grad()
@@ -359,18 +372,25 @@ class Layerwise(LayeredOptimizer):
         trace = minibatch.trace(keep_outputs=False)
         if "rounding" not in search:
             search["rounding"] = _rounding(minibatch, trace.outputs)
-        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace)
+        stride = self._stride(minibatch, trace)
+        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace, retain_graph=stride == 1)
         search["resolved"] = (loss.abs() / search["rounding"]).clamp(max=1.0)
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
         line_slope = (slope + decay_slope) / minibatch.clipped
+        sample = minibatch
+        if stride > 1:
+            del trace  # before the next is made
+            sample = minibatch.thinned(stride)
+            with frozen_statistics(minibatch.objective.model):
+                trace = sample.trace(keep_outputs=False)
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
             if due.noise:
-                self._measure_noise(minibatch, trace, per_length, search)
+                self._measure_noise(sample, trace, per_length, search)
         q = None
         if due.curvature:
-            q = minibatch.mean(self.curvature(minibatch, trace, _Directions(self._layers, self._direction)))
+            q = sample.mean(self.curvature(sample, trace, _Directions(self._layers, self._direction)))
         if minibatch.complete and due.noise:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
@@ -379,6 +399,13 @@ class Layerwise(LayeredOptimizer):
         self._add(search, slope, q, per_length)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
+
+    def _stride(self, minibatch: Minibatch, trace: Trace) -> int:
+        """Of how many examples one is measured for curvature and noise: ``1/share``, or 1 where examples mix."""
+        m = minibatch.size
+        if minibatch.mixes(trace) or any(len(x) != m for x in minibatch.inputs):
+            return 1
+        return max(1, min(int(1 / self.share), m * minibatch.ranks // self.FEWEST_EXAMPLES, m))
 
     def _add(self, search: dict, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
         """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
@@ -390,7 +417,9 @@ class Layerwise(LayeredOptimizer):
             count = 2 if search.pop("skipped", False) else 1
             self._average(search, "curvature", curvature * torch.outer(per_length, per_length), count)
 
-    def _see_gradients(self, minibatch: Minibatch, trace: Trace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _see_gradients(
+        self, minibatch: Minibatch, trace: Trace, retain_graph: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take every gradient in; the loss, and by layer ``gᵀd``, ``‖d‖²`` and the slope ``w gᵀθ`` along decay."""
         seen: dict[torch.nn.Parameter, Tensor] = {}
 
@@ -399,7 +428,7 @@ class Layerwise(LayeredOptimizer):
             d, decay = self._direction(p), self.group(p)["weight_decay"]
             seen[p] = torch.stack([dot([p.grad], [d]), dot([d], [d]), dot([p.grad], [p]) * decay])
 
-        loss = minibatch.visit_gradients(trace, see)
+        loss = minibatch.visit_gradients(trace, see, retain_graph)
         by_layer = torch.stack([sum(seen[p] for p in layer.parameters) for layer in self._layers])
         return loss, *by_layer.unbind(1)
 

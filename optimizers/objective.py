@@ -12,6 +12,7 @@ or at sampled labels, the likelihood's Hessian. The training loop therefore neve
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -115,6 +116,8 @@ class Minibatch:
         self.inputs = inputs
         self.targets = targets
         self.rows = rows
+        self.drawn = len(targets)  # examples that ``.grad`` is the mean of, in all parts and on all ranks
+        self.weight = 1.0  # of its work, against the whole batch's
 
     @property
     def size(self) -> int:
@@ -134,10 +137,6 @@ class Minibatch:
         """The mean over all processes of what each has measured on its part of the batch."""
         return part
 
-    def own(self, index: Tensor) -> Tensor:
-        """Those of the whole batch's examples that this process has, by their place in its part."""
-        return index
-
     @property
     def mixing(self) -> bool:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
@@ -147,7 +146,7 @@ class Minibatch:
     def complete(self) -> bool:
         """Whether this is the whole training set, at once."""
         population = self.objective.population
-        return population is not None and self.parts == 1 and self.size * self.ranks >= population
+        return population is not None and self.parts == 1 and self.drawn >= population
 
     @property
     def noisy(self) -> bool:
@@ -190,6 +189,24 @@ class Minibatch:
         """One forward pass with the layers captured; see ``Trace``."""
         return Trace(self.objective.model, self.objective.layers, self.inputs, self.count, keep_outputs)
 
+    def mixes(self, trace: Trace) -> bool:
+        """Whether an example's loss is not its own row's affair: ``mixing``, or layers that see other rows."""
+        return self.mixing or any(call.output.shape[:1] != (self.size,) for call in trace.calls)
+
+    def thinned(self, stride: int) -> Minibatch:
+        """Every ``stride``-th example, from a random one on: to measure what this batch's ``.grad`` says, for less.
+
+        Evenly spaced, so that each of several processes has as many of them.
+        """
+        m, device = self.size, self.targets.device
+        first = torch.randint(m, (1,), generator=self.objective.generator, device=device)
+        index = ((first + stride * torch.arange(m // stride, device=device)) % m).sort().values
+        sample = copy.copy(self)
+        sample.inputs = tuple(x[index] for x in self.inputs)
+        sample.targets = sample.inputs[0] if self.targets is self.inputs[0] else self.targets[index]
+        sample.weight = len(index) / m
+        return sample
+
     def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
         """Fill ``.grad`` from a trace; returns the mean loss, detached."""
         gradients = trace.gradients(self.residual(trace.outputs) / self.size, retain_graph)
@@ -198,15 +215,17 @@ class Minibatch:
                 p.grad = self._penalised(p, g)
         return self._finish(self.loss(trace.outputs).detach())
 
-    def visit_gradients(self, trace: Trace, visit: Callable[[nn.Parameter], None]) -> Tensor:
-        """``visit(parameter)`` with each parameter's ``.grad``; returns the mean loss, detached. Keeps the graph.
+    def visit_gradients(
+        self, trace: Trace, visit: Callable[[nn.Parameter], None], retain_graph: bool = False
+    ) -> Tensor:
+        """``visit(parameter)`` with each parameter's ``.grad``; returns the mean loss, detached.
 
         A gradient is dropped once it has been seen, before the next is made, unless something is made of the whole:
         its norm (clipping), a mean over parts or ranks, or the comparison with a second draw (``noise``, ``complete``).
         """
         parameters = [p for layer in self.objective.layers for p in layer.parameters]
         if self.objective.max_norm is not None or self.parts > 1 or self.ranks > 1 or self.complete:
-            loss = self.fill_gradients(trace, retain_graph=True)
+            loss = self.fill_gradients(trace, retain_graph)
             for p in parameters:
                 visit(p)
             return loss
@@ -218,7 +237,7 @@ class Minibatch:
             visit(p)
             p.grad = None
 
-        trace.each_gradient(self.residual(trace.outputs) / self.size, take, retain_graph=True)
+        trace.each_gradient(self.residual(trace.outputs) / self.size, take, retain_graph)
         for p in list(left):  # the outputs do not depend on it
             take(p, torch.zeros_like(p))
         return self.loss(trace.outputs).detach()
@@ -230,17 +249,19 @@ class Minibatch:
         dropout every example's gradient is noisy by itself, so there ``e = (1/m) Σ_i ε_i ∇ℓ_i``; but at ``m = n``,
         where that spread is no noise, a second draw of the masks is compared: ``e = (g − g')/√2``.
 
-        Of a batch in ``k`` parts, ``e`` is the last one's, over ``√k``. Each parameter's ``e`` is handed to
-        ``visit(parameter, e)`` and not kept. The trace's graph is; a ``complete`` batch needs no trace.
+        Of a batch in parts, or of a sample of one, only ``k`` of the ``m`` examples are here: ``e`` is their sum over
+        ``√(km)``. Each parameter's ``e`` is handed to ``visit(parameter, e)`` and not kept. The trace's graph is; a
+        ``complete`` batch needs no trace.
         """
         if self.complete:
             self._redraw(visit)
             return
-        drawn = self.size * self.ranks
-        scale = 1.0 if self._dropout else (1 - drawn * self.parts / (self.objective.population or math.inf)) ** 0.5
+        here = self.size * self.ranks
+        scale = 1.0 if self._dropout else (1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
         residual = self.residual(trace.outputs)
-        order = torch.randperm(drawn, generator=self.objective.generator, device=residual.device)
-        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * (self.clipped * scale / self.size / self.parts**0.5)
+        order = torch.randperm(here, generator=self.objective.generator, device=residual.device)
+        scale = self.clipped * scale * self.ranks / (here * self.drawn) ** 0.5
+        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * scale
         if self.rows is not None:
             signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
         trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
@@ -278,7 +299,7 @@ class Minibatch:
 
     def count(self, work: float) -> None:
         """Add to the objective's gradient-equivalents."""
-        self.objective.gradient_equivalents += work
+        self.objective.gradient_equivalents += work * self.weight
 
     def _finish(self, loss: Tensor) -> Tensor:
         """Once ``.grad`` holds the gradient: clip it. Returns the loss."""

@@ -14,9 +14,10 @@ equal on all of them:
 * the gradient's noise ``e``, which is linear in the examples: one more exchange of the size of the gradient, when it is
   measured.
 
-Labels, signs and the examples that curvature pairs are drawn for the whole batch, on all ranks from generators in the
-same state, so that every example gets what it would get on one process; BatchNorm takes its statistics over the whole
-batch (``SharedBatchNorm``, put in the model's place of each). So the step is the one of one process but for rounding.
+Labels, signs and the sample that curvature is measured on are drawn for the whole batch, on all ranks from generators
+in the same state, so that every example gets what it would get on one process; BatchNorm takes its statistics over the
+whole batch (``SharedBatchNorm``, put in the model's place of each). So the step is the one of one process but for
+rounding, if a sample of every ``k``-th example takes as many of each rank's part (``m/R`` a multiple of ``k``).
 The models must start equal on all ranks. Dropout draws its masks on each rank.
 """
 
@@ -61,16 +62,16 @@ class DataParallel(Objective):
 class Shard(Minibatch):
     """One rank's part of a minibatch."""
 
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.drawn = self.size * self.ranks
+
     @property
     def ranks(self) -> int:
         return dist.get_world_size()
 
     def mean(self, part: Tensor) -> Tensor:
         return mean(part)
-
-    def own(self, index: Tensor) -> Tensor:
-        index = index - self.size * dist.get_rank()
-        return index[(index >= 0) & (index < self.size)]
 
     def evaluate(self) -> Tensor:
         return self.mean(super().evaluate())

@@ -131,6 +131,38 @@ def test_sampled_estimators_have_the_exact_mean(problem, estimator):
         assert error.abs().max() < 4.5
 
 
+def test_a_sample_of_a_batch_has_the_same_mean_curvature_and_noise():
+    """Four of fourteen examples, by a stride that does not divide them; the noise is the whole batch's gradient's."""
+    torch.manual_seed(0)
+    model = plain().double()
+    objective = Objective(model, Categorical(), torch.Generator().manual_seed(1), population=20)
+    x = torch.randn(14, 2, 6, 6, dtype=torch.float64)
+    minibatch = objective(x, torch.randint(0, 3, (14,)))
+    directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in objective.layers}
+
+    def measure(sample):
+        squares, trace = [], sample.trace()
+        sample.noise(trace, lambda p, e: squares.append(e.square().sum()))
+        return torch.cat([SampledFisher()(sample, trace, directions).flatten(), sum(squares).view(1)])
+
+    whole, sample = (
+        torch.stack([measure(take()) for _ in range(1500)])
+        for take in (lambda: minibatch, lambda: minibatch.thinned(3))
+    )
+    error = (sample.mean(0) - whole.mean(0)) / ((sample.var(0) + whole.var(0)) / len(whole)).sqrt()
+    assert error.abs().max() < 4.5
+    assert len(minibatch.thinned(3).targets) == 4
+
+
+def test_a_sample_of_an_autoencoders_batch_is_taken_once():
+    x = torch.rand(12, 4)
+    sample = Objective(nn.Linear(4, 4), Gaussian())(x, x).thinned(4)
+    assert sample.targets is sample.inputs[0]
+    assert sample.weight == 1 / 4
+    index = [int((x == row).all(1).nonzero()) for row in sample.targets]
+    assert [i - index[0] for i in index] == [0, 4, 8]
+
+
 def test_diagonal_blocks_of_both_matrices_agree_for_piecewise_linear_networks():
     torch.manual_seed(0)
     model = plain().double()
@@ -203,6 +235,6 @@ def test_a_penalty_is_in_gradient_and_curvature_alike():
     directions = {layer: [p.grad for p in layer.parameters] for layer in objective.layers}
     hessian = ExactHessian()(minibatch, trace, directions)
     torch.testing.assert_close(ExactGaussNewton()(minibatch, trace, directions), hessian)
-    for estimator in (SampledFisher(share=1.0), RandomSignGaussNewton()):
+    for estimator in (SampledFisher(), RandomSignGaussNewton()):
         q = torch.stack([estimator(minibatch, trace, directions) for _ in range(3000)])
         assert (q.mean(0) - hessian).abs() <= 5 * q.std(0) / len(q) ** 0.5 + 1e-12

@@ -12,7 +12,7 @@ from optimizers.curvature import ExactGaussNewton, SampledFisher
 from tests.optimizers.cases import UNBOUNDED, least_squares, small_batch, small_network, small_objective
 
 BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
-GREEDY = {"sigma": 1.0, "averaging": 0.0, "trust": 1e9} | UNBOUNDED
+GREEDY = {"sigma": 1.0, "averaging": 0.0, "trust": 1e9, "share": 1.0} | UNBOUNDED
 
 
 def test_one_greedy_step_is_an_exact_line_search():
@@ -227,7 +227,8 @@ def test_a_model_that_is_too_steep_is_corrected_as_far_as_slope_is_noise(populat
     """Five times the curvature: on a full batch, where slope is all signal, the model stands; on a sample it gives."""
     objective, x, y, model = least_squares()
     objective.population = population
-    optimizer = LWSGDm(model.parameters(), curvature=Misjudged(5.0), correct_every=1, trust=1e9, **UNBOUNDED)
+    settings = {"correct_every": 1, "share": 1.0, "trust": 1e9} | UNBOUNDED
+    optimizer = LWSGDm(model.parameters(), curvature=Misjudged(5.0), **settings)
     for _ in range(150):
         optimizer.step(objective(x, y + torch.randn(y.shape, generator=objective.generator, dtype=y.dtype)))
     search = optimizer._search

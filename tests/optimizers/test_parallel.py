@@ -10,7 +10,7 @@ from torch import nn
 
 from models.likelihoods import Bernoulli, Categorical, Gaussian, Scaled
 from optimizers import Objective
-from optimizers.curvature import SampledFisher
+from optimizers.layerwise import Layerwise
 from optimizers.parallel import DataParallel
 from tests.optimizers import cases
 
@@ -87,9 +87,15 @@ def test_two_ranks_take_the_steps_of_one(name, tmp_path):
     assert_same_steps(name, tmp_path, ranks=2)
 
 
-def test_ranks_may_have_none_of_the_examples_that_are_paired(tmp_path, monkeypatch):
-    monkeypatch.setattr(SampledFisher, "FEWEST", 2)
-    assert_same_steps("lw_sgdm", tmp_path, curvature=SampledFisher(share=0.04), correct_every=2)
+@pytest.mark.parametrize("name", ["lw_sgdm", "lw_adamw"])
+def test_ranks_measure_the_examples_that_one_would(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Layerwise, "FEWEST_EXAMPLES", 2)
+    assert_same_steps(name, tmp_path, share=0.25, correct_every=2)
+
+
+def test_no_rank_is_without_an_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(Layerwise, "FEWEST_EXAMPLES", 2)
+    assert_same_steps("lw_sgdm", tmp_path, share=1 / 16, correct_every=2)
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), Scaled(Gaussian(), 3.0)])
@@ -150,10 +156,10 @@ def test_a_shared_batch_norm_under_autocast_and_differentiated_twice(tmp_path):
     torch.testing.assert_close(first, other, rtol=0, atol=0)
 
 
-def test_ranks_stay_equal_whatever_share_of_the_batch_is_paired(tmp_path):
+def test_ranks_stay_equal_whatever_share_of_the_batch_is_measured(tmp_path):
     def work(rank, ranks):
         model = network(torch.float32)
-        optimizer = cases.build("lw_adamw", model.parameters(), curvature=SampledFisher(share=0.1))
+        optimizer = cases.build("lw_adamw", model.parameters(), share=0.1)
         objective = DataParallel(model, Categorical(), torch.Generator().manual_seed(5), POPULATION)
         x, y = cases.small_batch(examples=200)
         for _ in range(STEPS):
