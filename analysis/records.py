@@ -1,8 +1,9 @@
 """Load every record under a results root into tidy tables.
 
 A record is a folder `<task>/<optimizer>/<hash>/` with `summary.json`, `metrics.csv`, `config.yaml` and, for methods
-with per-layer step sizes, `layers.csv`. Only files are read, never project code, so that records of another machine or
-another version of the harness can be analysed too. What cannot be read is listed with its reason, never fatal.
+with per-layer step sizes, `layers.csv`; of a task also packed (`analysis.packed`). Only files are read, never project
+code, so that records of another machine or another version of the harness can be analysed too. What cannot be read is
+listed with its reason, never fatal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+
+from analysis.packed import unpack
 
 RECORD_VERSION = 1
 AXES = ("epoch", "train_seconds", "gradient_equivalents", "step")
@@ -41,6 +45,8 @@ class Records:
 
     Attributes:
         root: The folder that was read.
+        folder: Where the runs are.
+        unpacked: Where they are unpacked to; None if they were not packed.
         runs: One row per readable run, trials included; `run` is its folder relative to `root`. `final_*` columns hold
             the last finite values, `variant` names the settings (config without seed and place), `current` marks the
             variant that stands for its method on its task.
@@ -52,6 +58,8 @@ class Records:
     """
 
     root: Path
+    folder: Path
+    unpacked: tempfile.TemporaryDirectory | None
     runs: pd.DataFrame
     curves: pd.DataFrame
     trials: pd.DataFrame
@@ -118,7 +126,7 @@ class Records:
 
     def layers(self, run: str) -> pd.DataFrame:
         """Per-layer diagnostics of one run: `step, epoch, layer, quantity, value` (empty if it has none)."""
-        path = self._folder / run / "layers.csv"
+        path = self.folder / run / "layers.csv"
         try:
             return pd.read_csv(path)
         except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
@@ -136,10 +144,6 @@ class Records:
         tables = {path.parent.name: pd.read_csv(path) for path in paths}
         return {device: table[table.time_ratio.notna()] for device, table in tables.items()}
 
-    @property
-    def _folder(self) -> Path:
-        return _runs_folder(self.root)
-
 
 def load(root: Path | str) -> Records:
     """Read all records under `root` (`<root>/runs/` where there is one) and the searches in `<root>/tuning/`.
@@ -151,14 +155,16 @@ def load(root: Path | str) -> Records:
     if not root.is_dir():
         raise FileNotFoundError(f"no results folder {root}: run `make reproduce-paper` first, or name another folder")
     rows, tables, skipped = [], [], []
-    folder = _runs_folder(root)
+    unpacked = unpack(root / "runs")
+    folder = Path(unpacked.name) if unpacked else _runs_folder(root)
     for path in sorted(folder.glob("[!.]*/[!.]*/[!.]*")):
         if not path.is_dir() or (folder == root and path.parts[len(root.parts)] in ("tuning", "report")):
             continue
         try:
             row, curve = _read(path)
         except ValueError as error:
-            skipped.append({"folder": str(path.relative_to(root)), "reason": str(error)})
+            shown = Path("runs") / path.relative_to(folder) if unpacked else path.relative_to(root)
+            skipped.append({"folder": str(shown), "reason": str(error)})
             continue
         row["run"] = str(path.relative_to(folder))
         rows.append(row)
@@ -167,9 +173,8 @@ def load(root: Path | str) -> Records:
     runs = _runs_table(rows)
     runs["current"] = _current(runs, tunings)
     curves = _curves_table([row["run"] for row in rows], tables)
-    return Records(
-        root, runs, curves, trials, tunings, pd.DataFrame(skipped, columns=["folder", "reason"]), _warnings(runs)
-    )
+    skipped = pd.DataFrame(skipped, columns=["folder", "reason"])
+    return Records(root, folder, unpacked, runs, curves, trials, tunings, skipped, _warnings(runs))
 
 
 def _runs_folder(root: Path) -> Path:

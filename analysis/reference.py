@@ -1,8 +1,8 @@
 """Keep a results folder's records with the project: `make reference PROFILE=cpu`.
 
-Writes `results/reference/<profile>/`: records, searches, studies and benchmarks without checkpoints, and the report
-made from them. Nothing reads it but `make report`, which rebuilds the report from it where there are no results of
-one's own: a reproduction starts from nothing.
+Writes `results/reference/<profile>/`: packed records, searches, studies and benchmarks without checkpoints, and the
+report made from them. Nothing reads it but `make report`, which rebuilds the report from it where there are no results
+of one's own: a reproduction starts from nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from analysis.packed import SUFFIX, pack
 from analysis.report import build, replace_folder
 
 RECORD = ("summary.json", "config.yaml", "metrics.csv", "layers.csv")
@@ -31,6 +32,7 @@ def keep(source: Path, target: Path) -> Path:
 
     Raises:
         FileNotFoundError: `source` has no runs to keep.
+        ValueError: `source` itself is packed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -40,7 +42,12 @@ def keep(source: Path, target: Path) -> Path:
             if path.name not in RECORD or (_is_settled(path.parent) and _is_read(path)):
                 _copy(path, fresh / path.relative_to(source))
         if not (fresh / "runs").exists():
+            if any(source.glob(f"runs/*{SUFFIX}")):
+                raise ValueError(f"the runs in {source} are packed already: unpack them (tar xf), or name their source")
             raise FileNotFoundError(f"no finished runs in {source}; type make reproduce-paper PROFILE={source.name}")
+        for task in sorted((fresh / "runs").iterdir()):
+            pack(task, task.with_name(task.name + SUFFIX))
+            shutil.rmtree(task)
         for path in source.parent.glob("bench/*/*.csv"):
             _copy(path, target.parent / path.relative_to(source.parent))
         replace_folder(target, fresh)
@@ -74,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(keep(arguments.source, arguments.target))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

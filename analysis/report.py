@@ -314,7 +314,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(build(arguments.root, arguments.out))
-    except (FileNotFoundError, FileExistsError) as error:
+    except (FileNotFoundError, FileExistsError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,12 +1,16 @@
 """Records that are kept with the project: what is copied, and that the committed tables are those of the records."""
 
+import os
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from make_records import METHODS, write_records, write_run
 
 from analysis import reference, report
+from analysis.packed import unpack
+from analysis.records import load
 
 COMMITTED = sorted(path.parent for path in (Path(__file__).parents[2] / "results" / "reference").glob("*/runs"))
 
@@ -24,15 +28,45 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
     (target / "runs" / "of an earlier day").touch()
 
     assert reference.keep(source, target) == target / "report" / "index.html"
-    kept = target / run.relative_to(source)
-    assert (kept / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
-    assert not (kept / "layers.csv").exists()
-    assert (target / stepped.relative_to(source)).read_bytes() == stepped.read_bytes()
-    assert not list(target.rglob("checkpoint*"))
-    assert not (target / "runs" / failed).exists()
-    assert not (target / "runs" / "of an earlier day").exists()
+    assert [path.name for path in (target / "runs").iterdir()] == ["gcn_sbm.tar.xz"]
+    with unpack(target / "runs") as place:
+        kept = Path(place)
+        assert (kept / run.relative_to(source / "runs") / "metrics.csv").read_bytes() == (
+            run / "metrics.csv"
+        ).read_bytes()
+        assert not (kept / run.relative_to(source / "runs") / "layers.csv").exists()
+        assert (kept / stepped.relative_to(source / "runs")).read_bytes() == stepped.read_bytes()
+        assert not list(kept.rglob("checkpoint*"))
+        assert not (kept / failed).exists()
     assert (target.parent / "bench" / "cpu" / "context.csv").exists()
     assert sorted(path.name for path in target.parent.iterdir()) == ["bench", "test"]
+
+
+def test_packed_records_are_read_like_others_and_packed_again_to_the_same_bytes(tmp_path):
+    source = write_records(tmp_path / "plain", tasks=["gcn_sbm", "cnn_digits"])
+    reference.keep(source, tmp_path / "packed")
+    plain, packed = load(source), load(tmp_path / "packed")
+    assert packed.skipped.equals(plain.skipped)
+    for name in ("runs", "curves", "trials", "tunings"):
+        pd.testing.assert_frame_equal(getattr(packed, name), getattr(plain, name))
+    run = plain.methods["gcn_sbm"]["lw_sgdm"].run.iloc[0]
+    assert len(packed.layers(run))
+    assert packed.layers(run).equals(plain.layers(run))
+    archive = (tmp_path / "packed" / "runs" / "cnn_digits.tar.xz").read_bytes()
+    for path in source.rglob("*"):
+        os.utime(path)
+    reference.keep(source, tmp_path / "packed")
+    assert (tmp_path / "packed" / "runs" / "cnn_digits.tar.xz").read_bytes() == archive
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for damage in (b"", b"no archive", b"\xfd7zXZ\x00 and no more"):
+        (tmp_path / "runs" / "gcn_sbm.tar.xz").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"gcn_sbm.tar.xz is damaged .*git checkout"):
+            load(tmp_path)
+    with pytest.raises(ValueError, match="packed already"):
+        reference.keep(tmp_path, tmp_path / "reference")
 
 
 def test_a_folder_without_runs_replaces_nothing(tmp_path):
