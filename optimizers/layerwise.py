@@ -381,9 +381,7 @@ class Layerwise(LayeredOptimizer):
         sample = minibatch
         if stride > 1:
             del trace  # before the next is made
-            sample = minibatch.thinned(stride)
-            with frozen_statistics(minibatch.objective.model):
-                trace = sample.trace(keep_outputs=False)
+            sample, trace = self._sample(minibatch, stride)
         if not minibatch.complete:
             minibatch.objective.model.zero_grad(set_to_none=True)  # what the directions do not hold is done with
             if due.noise:
@@ -402,10 +400,17 @@ class Layerwise(LayeredOptimizer):
 
     def _stride(self, minibatch: Minibatch, trace: Trace) -> int:
         """Of how many examples one is measured for curvature and noise: ``1/share``, or 1 where examples mix."""
-        m = minibatch.size
-        if minibatch.mixes(trace) or any(len(x) != m for x in minibatch.inputs):
+        if minibatch.mixes(trace):
             return 1
+        m = minibatch.size
         return max(1, min(int(1 / self.share), m * minibatch.ranks // self.FEWEST_EXAMPLES, m))
+
+    @staticmethod
+    def _sample(minibatch: Minibatch, stride: int) -> tuple[Minibatch, Trace]:
+        """Every so many-th example, and a pass over them that leaves BatchNorm's running statistics alone."""
+        sample = minibatch.thinned(stride)
+        with frozen_statistics(minibatch.objective.model):
+            return sample, sample.trace(keep_outputs=False)
 
     def _add(self, search: dict, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
         """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""

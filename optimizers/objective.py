@@ -26,6 +26,7 @@ from optimizers.layers import (
     FORWARD,
     WEIGHT_GRADIENT,
     Layer,
+    LinearGraphLayer,
     Trace,
     find_layers,
     frozen_statistics,
@@ -103,7 +104,8 @@ class Objective:
         Args:
             inputs: a tensor or a tuple of them, as the model takes them.
             targets: ``(m, …)``.
-            rows: indices of the outputs that the targets belong to (a graph's labelled nodes); None: all, in order.
+            rows: indices of the outputs that the targets belong to (a graph's labelled nodes); None: all, in order, and
+                no example's output depends on the other examples but through BatchNorm.
         """
         return Minibatch(self, inputs if isinstance(inputs, tuple) else (inputs,), targets, rows)
 
@@ -140,7 +142,7 @@ class Minibatch:
     @property
     def mixing(self) -> bool:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
-        return self.rows is not None
+        return self.rows is not None or any(isinstance(layer, LinearGraphLayer) for layer in self.objective.layers)
 
     @property
     def complete(self) -> bool:
@@ -190,8 +192,9 @@ class Minibatch:
         return Trace(self.objective.model, self.objective.layers, self.inputs, self.count, keep_outputs)
 
     def mixes(self, trace: Trace) -> bool:
-        """Whether an example's loss is not its own row's affair: ``mixing``, or layers that see other rows."""
-        return self.mixing or any(call.output.shape[:1] != (self.size,) for call in trace.calls)
+        """Whether rows are not examples: ``mixing``, or inputs or layers whose outputs have not a row per example."""
+        rows = [getattr(x, "shape", ())[:1] for x in (*self.inputs, *(call.output for call in trace.calls))]
+        return self.mixing or any(row != (self.size,) for row in rows)
 
     def thinned(self, stride: int) -> Minibatch:
         """Every ``stride``-th example, from a random one on: to measure what this batch's ``.grad`` says, for less.

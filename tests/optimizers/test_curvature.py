@@ -45,21 +45,21 @@ def plain():
     )
 
 
-@pytest.fixture(params=["plain", "convolutional", "graph"])
+@pytest.fixture(params=["plain", "convolutional", "graph", "whole graph"])
 def problem(request):
     """A minibatch, its model, and a random direction for every layer, in float64."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        if request.param == "graph":
+        if "graph" in request.param:
             model = Graph()
             adjacency = torch.rand(9, 9)
             inputs = torch.randn(9, 5), ((adjacency + adjacency.T) / 9).to_sparse_csr()
-            rows = torch.tensor([1, 4, 5, 7])
+            rows = torch.tensor([1, 4, 5, 7]) if request.param == "graph" else None
         else:
             model = {"plain": plain, "convolutional": convolutional}[request.param]()
             inputs, rows = (torch.randn(8, 2, 6, 6),), None
-        targets = torch.randint(0, 3, (8 if rows is None else 4,))
+        targets = torch.randint(0, 3, (len(inputs[0]) if rows is None else 4,))
         objective = Objective(model, Categorical(), torch.Generator().manual_seed(1))
         directions = {
             layer: [torch.randn_like(p) / p.numel() ** 0.5 for p in layer.parameters] for layer in objective.layers

@@ -173,6 +173,25 @@ def test_a_full_batch_has_no_sampling_noise_and_dropout_has_its_own(method):
     assert (noise[1] > 0).all()
 
 
+@BOTH
+def test_models_that_take_more_than_a_row_per_example_are_measured_on_the_whole_batch(method):
+    """An input that all examples share: no sample of the batch can be taken."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x, scale, words):
+            return self.linear(x) * scale * len(words)
+
+    model, x = Scaled(), torch.randn(128, 6)
+    optimizer = method(model.parameters())
+    objective = Objective(model, Categorical(), torch.Generator().manual_seed(0))
+    losses = [optimizer.step(objective((x, torch.tensor(2.0), ["a"]), x[:, :3].argmax(1))) for _ in range(60)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("own", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("signal", [1.0, 0.5, 0.2])
 def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
