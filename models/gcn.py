@@ -27,7 +27,7 @@ class GCN(nn.Module):
         self.dropout1 = SparseDropout(dropout)
         self.conv1 = GCNConv(features, hidden)
         self.relu = nn.ReLU()
-        self.dropout2 = nn.Dropout(dropout)
+        self.dropout2 = Dropout(dropout)
         self.conv2 = GCNConv(hidden, classes)
 
     def forward(self, features: Tensor, adjacency: Tensor) -> Tensor:
@@ -40,8 +40,17 @@ class GCN(nn.Module):
         return self.conv1.parameters()
 
 
-class SparseDropout(nn.Dropout):
-    """Dropout of a sparse CSR matrix, which becomes dense.
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout`, on a CPU by uniform numbers, which come three times as fast as Bernoulli's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not self.training or self.p in (0, 1):
+            return super().forward(x)
+        return x * (torch.rand_like(x) >= self.p).to(x.dtype).mul_(1 / (1 - self.p))
+
+
+class SparseDropout(Dropout):
+    """Dropout of a sparse CSR matrix.
 
     Zeros stay zero whether dropped or not, so only stored entries are drawn: on the CPU, drawing for every entry of a
     bag of words would cost several times the rest of a training step.
@@ -50,4 +59,4 @@ class SparseDropout(nn.Dropout):
     def forward(self, matrix: Tensor) -> Tensor:
         values = super().forward(matrix.values())
         parts = (matrix.crow_indices(), matrix.col_indices(), values)
-        return torch.sparse_csr_tensor(*parts, matrix.shape, check_invariants=False).to_dense()
+        return torch.sparse_csr_tensor(*parts, matrix.shape, check_invariants=False)

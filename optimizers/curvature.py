@@ -14,9 +14,10 @@ that costs.
 estimator                  what it computes                                 unbiased for  work, gradient-equivalents
 =========================  ===============================================  ============  ========================
 ``SampledFisher``          labels from the model, paired per example        C = GGN       2/3
+``ExactGaussNewton``       one Jacobian–vector product per layer            C = GGN       (2 + L/2) / 3
+``GaussNewton``            the cheaper of those two: the default            C = GGN       as that
 ``RandomSignHessian``      ``h = H(s∘d)``, ``½(s_k r_l + s_l r_k)``         C = H         2
 ``RandomSignGaussNewton``  the same with the Gauss–Newton matrix            C = GGN       2
-``ExactGaussNewton``       one Jacobian–vector product per layer            C = GGN       1 + L: the oracle
 ``ExactHessian``           one Hessian–vector product per layer             C = H         2 L: the oracle
 =========================  ===============================================  ============  ========================
 
@@ -39,7 +40,7 @@ Directions = Mapping[Layer, list[Tensor]]
 
 
 class SampledFisher:
-    """Gauss–Newton curvature from labels that the model draws itself; the default.
+    """Gauss–Newton curvature from labels that the model draws itself.
 
     With ``ŷ_i ~ p(·|x_i)``, ``δ_{l,i} = −∂ log p(ŷ_i|x_i)/∂z_l`` (propagated back without weight gradients) and the
     layer's local tangent ``ż_l = (∂z_l/∂θ_l) d_l``, per example ``s_{l,i} = ⟨δ_{l,i}, ż_{l,i}⟩`` (summed over
@@ -118,15 +119,42 @@ class RandomSignGaussNewton:
 
 
 class ExactGaussNewton:
-    """``Q_kl = (1/m) Σ_i ⟨J_i d_k, H_out,i J_i d_l⟩``, one Jacobian–vector product per layer: the oracle."""
+    """``Q_kl = (1/m) Σ_i ⟨J_i d_k, H_out,i J_i d_l⟩``, without a sample.
+
+    ``J d_l`` is the layer's local tangent carried on to the outputs by the transpose of the activations' backward pass:
+    one such pass, differentiated once per layer.
+    """
 
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
-        product = _GaussNewtonProduct(minibatch, trace, directions)
-        tangents = [product.tangent({layer: directions[layer]}) for layer in directions]
-        minibatch.count(HESSIAN_VECTOR_PRODUCT / 2 * (1 + len(tangents)))
+        dual = torch.zeros_like(trace.outputs, requires_grad=True)
+        pulled: dict[Call, Tensor] = {}  # linear in the dual
+        trace.backward(dual, pulled.__setitem__, create_graph=True)
+        tangents = []
+        for layer, direction in directions.items():
+            calls = [call for call in pulled if call.layer is layer]
+            if not calls:  # the outputs do not depend on it
+                tangents.append(torch.zeros_like(dual))
+                continue
+            local = [call.tangent(direction) for call in calls]
+            tangents.append(torch.autograd.grad([pulled[c] for c in calls], dual, local, retain_graph=True)[0])
+        minibatch.count(TANGENT * (1 + len(tangents) / 2))
         curved = [minibatch.hessian_product(trace.outputs, t).flatten() for t in tangents]
         q = torch.stack([t.flatten() for t in tangents]) @ torch.stack(curved).T / minibatch.size
         return q + _penalty(minibatch, directions)
+
+
+class GaussNewton:
+    """``SampledFisher``, or ``ExactGaussNewton`` where that costs no more: where examples mix and the layers are few.
+
+    There ``k`` draws of labels are ``k`` backward passes, the exact products one and half a pass per layer.
+    """
+
+    def __init__(self) -> None:
+        self.sampled, self.exact = SampledFisher(), ExactGaussNewton()
+
+    def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
+        few = 1 + len(directions) / 2 <= self.sampled.mixed_draws
+        return (self.exact if few and minibatch.mixes(trace) else self.sampled)(minibatch, trace, directions)
 
 
 class ExactHessian:

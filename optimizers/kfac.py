@@ -127,6 +127,7 @@ def factor_rows(call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
         delta = delta.flatten(2).mT.flatten(0, 1)
     elif isinstance(call.layer, LinearGraphLayer):
         weights = call.inputs[2] if len(call.inputs) > 2 else None
+        a = a if a.layout == torch.strided else a.to_dense()
         a = module.propagate(call.inputs[1], x=a, edge_weight=weights)
     else:
         a, delta = a.flatten(0, -2), delta.flatten(0, -2)

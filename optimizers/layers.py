@@ -287,8 +287,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, delta: Tensor):
         if ctx.visitor.visit is not None:
+            precise = ctx.call.precise(delta)
             with torch.no_grad():
-                ctx.visitor.visit(ctx.call, ctx.call.precise(delta))
+                ctx.visitor.visit(ctx.call, precise)
         return delta, None, None, None
 
 
@@ -379,17 +380,32 @@ class Trace:
                 p.grad = gradient
         self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
 
-    def backward(self, cotangent: Tensor, visit: Callable[[Call, Tensor], None], retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        cotangent: Tensor,
+        visit: Callable[[Call, Tensor], None],
+        retain_graph: bool = False,
+        create_graph: bool = False,
+    ) -> None:
         """Propagate ``∂(Σ_i loss_i)/∂outputs`` back to all layers' outputs, and no weight gradients.
 
         Args:
             cotangent: the outputs' shape.
             visit: called with each call and its ``δ``, last layer first.
             retain_graph: keep the graph for another backward pass.
+            create_graph: keep it, and let every ``δ`` have one of its own, back to the cotangent.
         """
+        retain_graph = retain_graph or create_graph
         self._visitor.visit = visit
         try:
-            torch.autograd.grad(self.outputs, self._anchor, cotangent, retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(
+                self.outputs,
+                self._anchor,
+                cotangent,
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         finally:
             self._visitor.visit = None
         self._count(ACTIVATION_BACKWARD)

@@ -111,7 +111,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimizers.curvature import SampledFisher
+from optimizers.curvature import GaussNewton
 from optimizers.layered import LayeredOptimizer, RandomState, check, dot
 from optimizers.layers import Layer, NormalisationLayer, Trace, frozen_statistics
 from optimizers.objective import Minibatch
@@ -175,7 +175,7 @@ class Layerwise(LayeredOptimizer):
         correct_every: measure the noise in the slope and the loss's own curvature every so many measurements.
         share: of a batch's examples, in (0, 1]: curvature and noise are measured on so many, at least, and on no less
             than ``FEWEST_EXAMPLES``; on all where examples mix.
-        curvature: an estimator of ``optimizers.curvature``; None: ``SampledFisher()``.
+        curvature: an estimator of ``optimizers.curvature``; None: ``GaussNewton()``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -234,7 +234,7 @@ class Layerwise(LayeredOptimizer):
         self.warmup, self.growth, self.stretch = warmup, growth, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.trust, self.caution, self.share = own, trust, caution, share
-        self.curvature = SampledFisher() if curvature is None else curvature
+        self.curvature = GaussNewton() if curvature is None else curvature
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:

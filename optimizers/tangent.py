@@ -115,7 +115,7 @@ class Curvature:
 
         def forward(*inputs) -> Tensor:
             call = next(calls)
-            x, tangent = forward_ad.unpack_dual(inputs[0])
+            x, tangent = _with_tangent(inputs[0])
             u = [direction[p] for p in call.layer.parameters]
             rule = _rule(call.layer)
             with _forward_replaced(module, original):
@@ -125,6 +125,11 @@ class Curvature:
             return forward_ad.make_dual(z, dot_z)
 
         return forward
+
+
+def _with_tangent(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor and its tangent; a sparse one is data, which has none."""
+    return forward_ad.unpack_dual(x) if x.layout == torch.strided else (x, None)
 
 
 def _rule(layer: Layer):

@@ -158,12 +158,43 @@ def test_gcn_is_two_propagated_products():
 
 def test_sparse_dropout_drops_and_rescales_entries():
     x = torch.ones(100, 100).tril().to_sparse_csr()
-    dropped = SparseDropout(0.25)(x)
+    dropped = SparseDropout(0.25)(x).to_dense()
     kept = dropped != 0
     assert torch.equal(dropped[kept], torch.full_like(dropped[kept], 1 / 0.75))
     assert not kept.triu(1).any()
     assert kept.sum().item() / len(x.values()) == pytest.approx(0.75, abs=0.03)  # five standard errors
-    assert torch.equal(SparseDropout(0.25).eval()(x), x.to_dense())
+    assert torch.equal(SparseDropout(0.25).eval()(x).to_dense(), x.to_dense())
+
+
+def test_sparse_features_give_the_dense_ones_outputs_and_gradients():
+    model = build(GCN, 7, 16, 5, dropout=0.0)
+    found, expected = (
+        (output := model.conv1(x, ADJACENCY), *torch.autograd.grad(output.square().sum(), model.conv1.parameters()))
+        for x in (FEATURES, FEATURES.to_dense())
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_sparse_product_is_differentiable_any_number_of_times():
+    from models.graph_convolution import SparseProduct, Transposition
+
+    x, transposed = FEATURES.double(), Transposition()
+    w = torch.randn(FEATURES.shape[1], 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda w: SparseProduct.apply(x, transposed, w), w, check_forward_ad=True)
+    torch.autograd.gradgradcheck(lambda w: SparseProduct.apply(x, transposed, w).square(), w)
+
+
+def test_transposition_knows_a_pattern_again_and_no_other():
+    from models.graph_convolution import Transposition
+
+    transposed = Transposition()
+    dropped = SparseDropout(0.5)(FEATURES)
+    other = FEATURES.to_dense().flip(0).to_sparse_csr()
+    assert torch.equal(transposed(FEATURES).to_dense(), FEATURES.to_dense().T)
+    order = transposed._order
+    assert torch.equal(transposed(dropped).to_dense(), dropped.to_dense().T)
+    assert transposed._order is order
+    assert torch.equal(transposed(other).to_dense(), other.to_dense().T)
 
 
 def test_gcn_names_its_first_layer_for_the_penalty():

@@ -9,6 +9,7 @@ from optimizers import Objective
 from optimizers.curvature import (
     ExactGaussNewton,
     ExactHessian,
+    GaussNewton,
     RandomSignGaussNewton,
     RandomSignHessian,
     SampledFisher,
@@ -129,6 +130,45 @@ def test_sampled_estimators_have_the_exact_mean(problem, estimator):
         assert error.diagonal()[-2:].abs().max() < 4.5
     else:
         assert error.abs().max() < 4.5
+
+
+def test_the_default_is_exact_where_that_costs_no_more(problem):
+    minibatch, _ = problem
+    before = minibatch.objective.gradient_equivalents
+    found = estimate(GaussNewton(), problem)
+    exact = estimate(ExactGaussNewton(), problem)
+    if isinstance(minibatch.objective.model, Graph):
+        assert torch.equal(found, exact)
+        forward, backward, tangents = 1 / 3, 1 / 3, (1 + 2 / 2) / 3
+        assert minibatch.objective.gradient_equivalents - before == pytest.approx(2 * (forward + backward + tangents))
+    else:
+        assert not torch.allclose(found, exact)
+
+
+def test_the_default_samples_where_many_layers_mix_examples():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(7)))
+    minibatch = Objective(model, Categorical())(torch.randn(6, 4), torch.tensor([0, 3]), torch.tensor([1, 4]))
+    directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in minibatch.objective.layers}
+    before = minibatch.objective.gradient_equivalents
+    estimate(GaussNewton(), (minibatch, directions))
+    assert minibatch.objective.gradient_equivalents - before == pytest.approx((1 + 4 + 1) / 3)
+
+
+def test_exact_curvature_of_a_layer_that_the_outputs_ignore_is_zero():
+    class Ignoring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            self.unused(x)
+            return self.used(x)
+
+    minibatch = Objective(Ignoring(), Gaussian())(torch.randn(4, 3), torch.randn(4, 2))
+    directions = {layer: list(layer.parameters) for layer in minibatch.objective.layers}
+    q = estimate(ExactGaussNewton(), (minibatch, directions))
+    assert (q != 0).tolist() == [[True, False], [False, False]]
 
 
 def test_a_sample_of_a_batch_has_the_same_mean_curvature_and_noise():

@@ -8,7 +8,7 @@ from torch import nn
 
 from models.likelihoods import Categorical, Gaussian, Scaled
 from optimizers import LWAdamW, LWSGDm, Objective
-from optimizers.curvature import ExactGaussNewton, SampledFisher
+from optimizers.curvature import ExactGaussNewton, GaussNewton
 from tests.optimizers.cases import UNBOUNDED, least_squares, small_batch, small_network, small_objective
 
 BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
@@ -394,7 +394,7 @@ def test_bad_input(method):
 
 
 def test_default_estimator_is_the_sampled_fisher():
-    assert isinstance(LWSGDm(small_network().parameters()).curvature, SampledFisher)
+    assert isinstance(LWSGDm(small_network().parameters()).curvature, GaussNewton)
 
 
 @BOTH
