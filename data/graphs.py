@@ -1,7 +1,7 @@
 """Citation graphs for node classification: Planetoid, and a generated sibling.
 
 Features are row-normalised; the adjacency is `Â = D^{-1/2} (A + I) D^{-1/2}` (Kipf and Welling, ICLR 2017). Both are
-sparse CSR tensors. The splits of a graph share them and differ in the nodes that they label.
+sparse CSR tensors with indices of 32 bits. The splits of a graph share them and differ in the nodes that they label.
 """
 
 from __future__ import annotations
@@ -137,4 +137,7 @@ def normalised_adjacency(edge_index: Tensor, nodes: int) -> Tensor:
 def _sparse(matrix: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return matrix.to_sparse_csr()
+        csr = matrix.to_sparse_csr()
+    # MKL's indices are of 32 bits: others are copied for every product
+    parts = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())
+    return torch.sparse_csr_tensor(*parts, csr.shape, check_invariants=True)

@@ -67,7 +67,7 @@ class Transposition:
         if self._pattern is None or any(not a.is_set_to(b) for a, b in zip(pattern, self._pattern, strict=True)):
             self._pattern = pattern
             self._order, self._crow, self._col = _transposed_pattern(*pattern, matrix.shape[1])
-        values = matrix.values()[self._order]
+        values = matrix.values().index_select(0, self._order)
         size = (matrix.shape[1], matrix.shape[0])
         return torch.sparse_csr_tensor(self._crow, self._col, values, size, check_invariants=False)
 
