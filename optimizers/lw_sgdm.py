@@ -25,6 +25,7 @@ class LWSGDm(Layerwise):
         momentum: ``β`` in [0, 1).
         weight_decay: ``w`` ≥ 0.
         trust: ``τ``; see ``Layerwise``.
+        joint_trust: ``τ_Σ``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
@@ -38,6 +39,7 @@ class LWSGDm(Layerwise):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 0.02,
+        joint_trust: float = 0.1,
         own: float = 1.0,
         caution: float = 1.5,
         warmup: int = 5,
@@ -46,7 +48,8 @@ class LWSGDm(Layerwise):
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth}
+        search |= {"trust": trust, "joint_trust": joint_trust, "own": own, "caution": caution}
+        search |= {"warmup": warmup, "growth": growth}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:

@@ -65,6 +65,22 @@ def test_trust_is_relative_to_no_less_than_a_part_of_the_norm_that_torch_starts_
 
 
 @BOTH
+@pytest.mark.parametrize(("noise", "joint"), [(0.0, 0.04), (0.0, 0.2), (0.9, 0.04)])
+def test_layers_move_no_further_together_than_the_joint_trust(method, noise, joint):
+    """Where the model has next to no curvature each of three layers would move by τ = 0.05, or 0.2 τ if noise."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    settings = UNBOUNDED | {"joint_trust": joint}
+    optimizer = method(model.parameters(), trust=0.05, caution=1.0, averaging=0.0, **settings)
+    optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
+    search, one = optimizer._search, torch.ones(3)
+    search |= {"slope": one, "noise": noise * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
+    optimizer._search_step_sizes(search, per_length=one)
+    relative = search["step_size"] / optimizer._weight_norms()
+    alone = 0.05 * max(1 - noise, 0.2)
+    torch.testing.assert_close(relative, torch.full((3,), min(alone, joint / 3)))
+
+
+@BOTH
 def test_trust_growth_and_warm_up_bound_the_steps(method):
     model = small_network()
     objective = small_objective(model)
