@@ -166,7 +166,7 @@ class Layerwise(LayeredOptimizer):
         params: parameters or parameter groups; together they must hold every trainable parameter of the model.
         defaults: the descent's own options, per group.
         trust: ``τ`` > 0.
-        joint_trust: ``τ_Σ`` > 0; infinite: no bound.
+        joint_trust: ``τ_Σ`` > 0; None: no bound.
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
@@ -215,7 +215,7 @@ class Layerwise(LayeredOptimizer):
         settling: int = 100,
         correct_every: int = 5,
         share: float = 0.25,
-        joint_trust: float = math.inf,
+        joint_trust: float | None = None,
         curvature=None,
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
@@ -232,7 +232,7 @@ class Layerwise(LayeredOptimizer):
         whole = correct_every >= 1 and correct_every == int(correct_every)
         check(whole, "correct_every", correct_every, "a whole number, at least 1")
         check(0 < share <= 1, "share", share, "in (0, 1]")
-        check(joint_trust > 0, "joint_trust", joint_trust, "positive")
+        check(joint_trust is None or joint_trust > 0, "joint_trust", joint_trust, "positive or None")
         super().__init__(params, {"lr": sigma} | defaults)
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
@@ -510,6 +510,8 @@ class Layerwise(LayeredOptimizer):
         """Step sizes within ``τ``, and together within ``τ_Σ``."""
         norms = self._weight_norms()
         sizes = torch.minimum(sizes, self.trust * share**self.caution * norms * per_length)
+        if self.joint_trust is None:
+            return sizes
         relative = sizes / (norms * per_length)
         return sizes * (self.joint_trust / relative.sum()).clamp(max=1.0)
 

@@ -39,7 +39,7 @@ class LWSGDm(Layerwise):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 0.02,
-        joint_trust: float = 0.1,
+        joint_trust: float | None = 0.1,
         own: float = 1.0,
         caution: float = 1.5,
         warmup: int = 5,

@@ -18,7 +18,6 @@ the exact block of the same matrix on the same batch.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -105,7 +104,7 @@ def _descend(likelihood, penalty: float, width: int, seed: int, steps: int) -> t
         x.split(width, 1), targets
     )
     optimizer = LWSGDm(
-        weights, momentum=0.0, sigma=1.0, averaging=0.0, floor=1.0, trust=1e30, joint_trust=math.inf, warmup=1,
+        weights, momentum=0.0, sigma=1.0, averaging=0.0, floor=1.0, trust=1e30, joint_trust=None, warmup=1,
         growth=1e30, share=1.0, curvature=curvature.ExactGaussNewton(),
     )  # fmt: skip
     losses = [float(optimizer.step(minibatch)) for _ in range(steps)]

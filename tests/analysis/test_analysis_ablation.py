@@ -1,6 +1,7 @@
 """The ablation table, and the configs that make its runs."""
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from make_records import METHODS, Planted, write_run
 from omegaconf import OmegaConf
@@ -38,6 +39,6 @@ def test_an_ablation_varies_a_field_of_both_methods_around_their_defaults(name):
         cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
     assert cfg.results.root == f"results/ablation/{field}"
     params = OmegaConf.to_container(cfg.hydra.sweeper.params)
-    values = [float(value) for value in str(params[f"optimizer.{field}"]).split(",")]
+    values = [yaml.safe_load(value) for value in str(params[f"optimizer.{field}"]).split(",")]
     for optimizer in params["optimizer"].split(","):
-        assert float(OmegaConf.load(CONFIGS / "optimizer" / f"{optimizer}.yaml")[field]) in values
+        assert OmegaConf.load(CONFIGS / "optimizer" / f"{optimizer}.yaml")[field] in values
