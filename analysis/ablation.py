@@ -27,7 +27,7 @@ def ablation(records: Records) -> pd.DataFrame:
         ValueError: nothing varies between the runs.
     """
     runs = records.runs[~records.runs.holdout & records.runs.status.isin(["finished", "diverged"])]
-    settings = pd.json_normalize(runs.config.map(_optimizer).tolist()).set_index(runs.index).astype(str)
+    settings = pd.json_normalize(runs.config.map(_optimizer).tolist()).set_index(runs.index).astype(str).fillna("null")
     differ = settings.groupby([runs.task, runs.optimizer]).nunique().max()
     varied = list(differ[differ > 1].index)
     if not varied:

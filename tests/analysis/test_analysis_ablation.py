@@ -26,6 +26,12 @@ def test_a_row_per_value_of_what_varies(tmp_path):
     assert (table.train_loss_std > 0).all()
 
 
+def test_a_setting_that_is_none_has_its_row(tmp_path):
+    for value in (0.1, None):
+        write_run(tmp_path, "gcn_sbm", "lw_sgdm", 0, METHODS["lw_sgdm"], values={"lr": value})
+    assert ablation(load(tmp_path)).lr.tolist() == ["0.1", "null"]
+
+
 def test_runs_that_differ_in_nothing_are_an_error(tmp_path):
     write_run(tmp_path, "gcn_sbm", "lw_sgdm", 0, METHODS["lw_sgdm"])
     with pytest.raises(ValueError, match="no optimizer setting differs"):
