@@ -347,22 +347,35 @@ class Trace:
 
         return hook
 
-    def gradients(self, cotangent: Tensor, retain_graph: bool = False) -> dict[Layer, list[Tensor]]:
-        """Weight gradients ``∂⟨cotangent, outputs⟩/∂θ`` of every layer; zero where the outputs do not depend on it."""
+    def gradients(
+        self, root: Tensor, cotangent: Tensor | None = None, retain_graph: bool = False
+    ) -> dict[Layer, list[Tensor]]:
+        """Weight gradients ``∂⟨cotangent, root⟩/∂θ`` of every layer; zero where the root does not depend on it.
+
+        Args:
+            root: the outputs, or a number made of them, with graph.
+            cotangent: the root's shape; None: 1, of a number.
+            retain_graph: keep the graph for another backward pass.
+        """
         parameters = [p for layer in self._layers for p in layer.parameters]
         flat = torch.autograd.grad(
-            self.outputs, parameters, cotangent, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+            root, parameters, cotangent, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
         )
         self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
         flat = iter(flat)
         return {layer: [next(flat) for _ in layer.parameters] for layer in self._layers}
 
     def each_gradient(
-        self, cotangent: Tensor, visit: Callable[[nn.Parameter, Tensor], None], retain_graph: bool = False
+        self, root: Tensor, visit: Callable[[nn.Parameter, Tensor], None], retain_graph: bool = False
     ) -> None:
-        """``gradients`` in passing: ``visit(parameter, gradient)`` where there is one, as soon as it is there."""
+        """``gradients`` of a number in passing: ``visit(parameter, gradient)`` where there is one, as soon as it is there.
+
+        Where the graph is not kept, nor are the outputs: their memory is the gradients'.
+        """
         parameters = [p for layer in self._layers for p in layer.parameters]
         present = [p.grad for p in parameters]
+        if not retain_graph:
+            self.outputs = None
 
         def take(p: nn.Parameter) -> None:
             gradient, p.grad = p.grad, None
@@ -373,7 +386,7 @@ class Trace:
         try:
             for p in parameters:
                 p.grad = None
-            torch.autograd.backward(self.outputs, cotangent, retain_graph=retain_graph, inputs=parameters)
+            torch.autograd.backward(root, retain_graph=retain_graph, inputs=parameters)
         finally:
             for p, handle, gradient in zip(parameters, handles, present, strict=True):
                 handle.remove()

@@ -63,17 +63,16 @@ class LWAdamW(Layerwise):
         state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
     def _direction(self, parameter: Tensor) -> Tensor:
-        (beta1, _), state = self.group(parameter)["betas"], self.state[parameter]
-        scale = self._scale(parameter, state["exp_avg_sq"].clone())
-        return (state["exp_avg"] / (1 - beta1 ** state["step"])).div_(scale)
-
-    def _scale(self, parameter: Tensor, second_moment: Tensor) -> Tensor:
-        """``√v̂ + ε``, in the second moment's place."""
-        group, step = self.group(parameter), self.state[parameter]["step"]
-        return second_moment.div_(1 - group["betas"][1] ** step).sqrt_().add_(group["eps"])
+        state, beta1 = self.state[parameter], self.group(parameter)["betas"][0]
+        return self._preconditioned(parameter, state["exp_avg"], state["exp_avg_sq"].sqrt(), 1 - beta1 ** state["step"])
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
         (beta1, beta2), state = self.group(parameter)["betas"], self.state[parameter]
         second_moment = state["exp_avg_sq"].addcmul(e, e, value=1 - beta2)
-        scale = self._scale(parameter, second_moment)
-        return scale.reciprocal_().mul_(e).mul_((1 - beta1) / (1 - beta1 ** state["step"]))
+        return self._preconditioned(parameter, e, second_moment.sqrt_(), (1 - beta1 ** state["step"]) / (1 - beta1))
+
+    def _preconditioned(self, parameter: Tensor, x: Tensor, root: Tensor, divisor: float) -> Tensor:
+        """``x / (divisor (√v̂ + ε))``, in the place of ``root``, which is ``√v``: a single copy of the parameter."""
+        group, step = self.group(parameter), self.state[parameter]["step"]
+        root.mul_(divisor / (1 - group["betas"][1] ** step) ** 0.5).add_(divisor * group["eps"])
+        return torch.div(x, root, out=root)

@@ -159,10 +159,13 @@ class Minibatch:
     def _dropout(self) -> bool:
         return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.objective.model.modules())
 
+    def losses(self, outputs: Tensor) -> Tensor:
+        """Each example's loss, ``(m,)``, with graph."""
+        return self.objective.likelihood.nll(self.labelled(outputs), self.targets)
+
     def loss(self, outputs: Tensor) -> Tensor:
         """The mean loss and the penalty, with graph."""
-        loss = self.objective.likelihood.nll(self.labelled(outputs), self.targets).mean()
-        return loss + sum(w / 2 * p.square().sum() for p, w in self.objective.penalty.items())
+        return self.losses(outputs).mean() + sum(w / 2 * p.square().sum() for p, w in self.objective.penalty.items())
 
     def labelled(self, outputs: Tensor) -> Tensor:
         """The outputs that have a target."""
@@ -212,11 +215,12 @@ class Minibatch:
 
     def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
         """Fill ``.grad`` from a trace; returns the mean loss, detached."""
-        gradients = trace.gradients(self.residual(trace.outputs) / self.size, retain_graph)
+        loss = self._traced_loss(trace)
+        gradients = trace.gradients(loss, retain_graph=retain_graph)
         for layer, gradient in gradients.items():
             for p, g in zip(layer.parameters, gradient, strict=True):
-                p.grad = self._penalised(p, g)
-        return self._finish(self.loss(trace.outputs).detach())
+                p.grad = g
+        return self._finish(loss.detach())
 
     def visit_gradients(
         self, trace: Trace, visit: Callable[[nn.Parameter], None], retain_graph: bool = False
@@ -236,14 +240,15 @@ class Minibatch:
 
         def take(p: nn.Parameter, g: Tensor) -> None:
             del left[p]
-            p.grad = self._penalised(p, g)
+            p.grad = g
             visit(p)
             p.grad = None
 
-        trace.each_gradient(self.residual(trace.outputs) / self.size, take, retain_graph)
-        for p in list(left):  # the outputs do not depend on it
+        loss = self._traced_loss(trace)
+        trace.each_gradient(loss, take, retain_graph)
+        for p in list(left):  # the loss does not depend on it
             take(p, torch.zeros_like(p))
-        return self.loss(trace.outputs).detach()
+        return loss.detach()
 
     def noise(self, trace: Trace | None, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         r"""A random ``e`` with the second moment of the noise in the mean gradient that ``.grad`` holds.
@@ -261,13 +266,12 @@ class Minibatch:
             return
         here = self.size * self.ranks
         scale = 1.0 if self._dropout else (1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
-        residual = self.residual(trace.outputs)
-        order = torch.randperm(here, generator=self.objective.generator, device=residual.device)
+        order = torch.randperm(here, generator=self.objective.generator, device=self.targets.device)
+        signs = self._mine(order % 2 * 2 - 1)
         scale = self.clipped * scale * self.ranks / (here * self.drawn) ** 0.5
-        signs = self._mine(order % 2 * 2 - 1).to(residual.dtype) * scale
-        if self.rows is not None:
-            signs = torch.zeros_like(residual[:, 0]).index_copy_(0, self.rows, signs)
-        trace.each_gradient(residual * signs.view(-1, *[1] * (residual.dim() - 1)), visit, retain_graph=True)
+        with torch.enable_grad():
+            signed = (self.losses(trace.outputs) * signs).sum() * scale
+        trace.each_gradient(signed, visit, retain_graph=True)
 
     def _redraw(self, visit: Callable[[nn.Parameter, Tensor], None]) -> None:
         gradients = {p: p.grad for layer in self.objective.layers for p in layer.parameters}
@@ -275,9 +279,9 @@ class Minibatch:
             again = self.trace(keep_outputs=False)
 
         def compare(p: nn.Parameter, g: Tensor) -> None:
-            visit(p, self._penalised(p, g).mul_(self.clipped).sub_(gradients[p]).mul_(0.5**0.5))
+            visit(p, g.mul_(self.clipped).sub_(gradients[p]).mul_(0.5**0.5))
 
-        again.each_gradient(self.residual(again.outputs) / self.size, compare)
+        again.each_gradient(self._traced_loss(again), compare)
 
     def residual(self, outputs: Tensor) -> Tensor:
         """``∂ Σ_i loss_i / ∂ outputs`` at the true labels (zero where there is none); a sum, not a mean."""
@@ -304,6 +308,10 @@ class Minibatch:
         """Add to the objective's gradient-equivalents."""
         self.objective.gradient_equivalents += work * self.weight
 
+    def _traced_loss(self, trace: Trace) -> Tensor:
+        with torch.enable_grad():
+            return self.loss(trace.outputs)
+
     def _finish(self, loss: Tensor) -> Tensor:
         """Once ``.grad`` holds the gradient: clip it. Returns the loss."""
         max_norm = self.objective.max_norm
@@ -315,11 +323,6 @@ class Minibatch:
     def _mine(self, whole: Tensor) -> Tensor:
         """This process's rows of what was drawn for the whole batch."""
         return whole
-
-    def _penalised(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        """A gradient of the mean loss and the penalty's; the first in place."""
-        w = self.objective.penalty.get(parameter)
-        return gradient.add_(parameter.detach(), alpha=w) if w else gradient
 
     def _scatter(self, outputs: Tensor, values: Tensor) -> Tensor:
         if self.rows is None:

@@ -39,7 +39,7 @@ class TNT(Kronecker):
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
         trace = minibatch.trace()
         loss = minibatch.fill_gradients(trace, retain_graph=True)
-        sampled = trace.gradients(minibatch.sampled_residual(trace.outputs) / minibatch.size)
+        sampled = trace.gradients(trace.outputs, minibatch.sampled_residual(trace.outputs) / minibatch.size)
         gradient = {p: g for layer, gs in sampled.items() for p, g in zip(layer.parameters, gs, strict=True)}
         return loss, {block: mode_grams(block.join([gradient[block.parameters[0]]])) for block in self._blocks}
 

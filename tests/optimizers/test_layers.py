@@ -101,7 +101,7 @@ def test_gradients_equal_autograd(case):
     model, inputs = case
     captured = trace(model, inputs)
     cotangent = torch.randn_like(captured.outputs)
-    got = captured.gradients(cotangent)
+    got = captured.gradients(captured.outputs, cotangent)
     with frozen_statistics(model):
         expected = torch.autograd.grad(model(*inputs), [p for layer in got for p in layer.parameters], cotangent)
     torch.testing.assert_close([g for gs in got.values() for g in gs], list(expected), rtol=1e-12, atol=1e-12)
@@ -115,7 +115,7 @@ def test_slopes_are_the_gradient_along_a_direction(case):
     cotangent = torch.randn_like(captured.outputs)
     directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in find_layers(model)}
     by_name = {layer.name: d for layer, d in directions.items()}
-    gradients = captured.gradients(cotangent, retain_graph=True)
+    gradients = captured.gradients(captured.outputs, cotangent, retain_graph=True)
     slopes = {}
 
     def visit(call, delta):
@@ -145,7 +145,7 @@ def test_frozen_parameters_are_in_no_layer_and_partly_frozen_layers_work():
     layers = find_layers(model)
     assert [(layer.name, layer.names) for layer in layers] == [("1", ("bias",)), ("2", ("weight",))]
     captured = trace(model, (torch.randn(6, 4),))
-    gradients = captured.gradients(torch.ones_like(captured.outputs))
+    gradients = captured.gradients(captured.outputs, torch.ones_like(captured.outputs))
     assert [g.shape for gs in gradients.values() for g in gs] == [(3,), (3,)]
 
 

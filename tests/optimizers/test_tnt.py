@@ -26,7 +26,7 @@ def test_one_step_is_dense_inverses_at_sampled_labels():
     epsilon, rate = 0.05, 0.1
     minibatch = objective(x, y)
     trace = minibatch.trace()
-    sampled = trace.gradients(minibatch.sampled_residual(trace.outputs) / len(x))
+    sampled = trace.gradients(trace.outputs, minibatch.sampled_residual(trace.outputs) / len(x))
     sampled = {p: g for layer, gs in sampled.items() for p, g in zip(layer.parameters, gs, strict=True)}
 
     model.load_state_dict(cases.small_network(torch.float64).state_dict())
