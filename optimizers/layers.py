@@ -35,10 +35,22 @@ _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class Ghost(NamedTuple):
-    """A layer's output whose values have been let go: all that tangents ask of one."""
+    """A layer's output whose values have been let go: all that is asked of one later."""
 
     shape: torch.Size
     grad_fn: torch.autograd.graph.Node
+    norm: Tensor
+    """``‖z‖``"""
+
+    @classmethod
+    def of(cls, output: Tensor) -> Ghost:
+        return cls(output.shape, output.grad_fn, norm(output))
+
+
+def norm(x: Tensor) -> Tensor:
+    """``‖x‖``, in no less than single precision."""
+    low = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(x.detach(), dtype=torch.float32 if low else None)
 
 
 class Layer:
@@ -79,11 +91,6 @@ class Layer:
         with frozen_statistics(self.module):
             _, tangent = torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))
         return tangent.clone()
-
-    def slopes(self, inputs: tuple, output: Tensor, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
-        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
-        product = self.tangent(inputs, output, direction).mul_(delta)
-        return product.flatten(1).sum(1) if product.dim() > 1 else product
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
         """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
@@ -241,7 +248,12 @@ class Call:
 
     Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
     out in the parameters' own, so that curvature is computed and kept in it.
+
+    Attributes:
+        moved: ``‖ż‖`` along the last direction; None before a tangent has been asked for.
     """
+
+    moved: Tensor | None = None
 
     def __init__(self, layer: Layer, inputs: tuple, output: Tensor | Ghost) -> None:
         self.layer = layer
@@ -264,10 +276,14 @@ class Call:
         return self.layer.gradient(self.inputs, self.output, delta)
 
     def tangent(self, direction: Sequence[Tensor]) -> Tensor:
-        return self.layer.tangent(self.inputs, self.output, direction)
+        tangent = self.layer.tangent(self.inputs, self.output, direction)
+        self.moved = norm(tangent)
+        return tangent
 
     def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
-        return self.layer.slopes(self.inputs, self.output, delta, direction)
+        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
+        product = self.tangent(direction).mul_(delta)
+        return product.flatten(1).sum(1) if product.dim() > 1 else product
 
 
 class _Visitor:
@@ -341,7 +357,7 @@ class Trace:
                     f"layer '{layer.name}' ({type(module).__name__}) returns {type(output).__name__}; only layers that "
                     "return one tensor can be traced: freeze its parameters, or use an optimizer of gradients alone"
                 )
-            call = Call(layer, inputs, output if self._keep_outputs else Ghost(output.shape, output.grad_fn))
+            call = Call(layer, inputs, output if self._keep_outputs else Ghost.of(output))
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 

@@ -26,6 +26,7 @@ class LWSGDm(Layerwise):
         weight_decay: ``w`` ≥ 0.
         trust: ``τ``; see ``Layerwise``.
         joint_trust: ``τ_Σ``; see ``Layerwise``.
+        output_trust: ``τ_z``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
@@ -40,16 +41,17 @@ class LWSGDm(Layerwise):
         weight_decay: float = 0.0,
         trust: float = 0.02,
         joint_trust: float | None = 0.1,
+        output_trust: float | None = 0.2,
         own: float = 1.0,
-        caution: float = 1.5,
+        caution: float = 1.0,
         warmup: int = 5,
         growth: float = 1.1,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        search |= {"trust": trust, "joint_trust": joint_trust, "own": own, "caution": caution}
-        search |= {"warmup": warmup, "growth": growth}
+        search |= {"trust": trust, "joint_trust": joint_trust, "output_trust": output_trust}
+        search |= {"own": own, "caution": caution, "warmup": warmup, "growth": growth}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
