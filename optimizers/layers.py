@@ -384,7 +384,7 @@ class Trace:
     def each_gradient(
         self, root: Tensor, visit: Callable[[nn.Parameter, Tensor], None], retain_graph: bool = False
     ) -> None:
-        """``gradients`` of a number in passing: ``visit(parameter, gradient)`` where there is one, as soon as it is there.
+        """``gradients`` of a number in passing: ``visit(parameter, gradient)`` as soon as there is one.
 
         Where the graph is not kept, nor are the outputs: their memory is the gradients'.
         """
