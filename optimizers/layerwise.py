@@ -407,7 +407,8 @@ class Layerwise(LayeredOptimizer):
         if due.curvature:
             directions = _Directions(self._layers, self._direction)
             q = sample.mean(self.curvature(sample, trace, directions))
-            self._measure_motion(sample, trace, directions, per_length, search)
+            if self.output_trust is not None:
+                self._measure_motion(sample, trace, directions, per_length, search)
         if minibatch.complete and due.noise:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
