@@ -63,31 +63,34 @@ edge is momentum's own only if ``d`` is the direction of the step, momentum incl
 averaged momentum just stays stable. With ``d = g`` the same ``σ`` stops at half of that or less.
 
 **Trust.** A quadratic model does not hold across distances comparable to the weights themselves: at the start of a deep
-autoencoder a tenth of the greedy step triples the loss. So ``α_l ‖d_l‖ ≤ σ τ s_l^χ max(‖θ_l‖, r_l)``: a step that is
-mostly noise must be shorter still. ``r_l`` is half (of normalisations a quarter) of the norm that torch starts such a
-layer with: one that starts at zero or next to it would take hundreds of steps to grow. Nor does it hold across
-distances comparable to a layer's outputs, which can move much further. Where inputs are all of one sign the gradient
-lies along their mean: the first step on Cora, 3 % of the first layer's weights, made its outputs 1.3 to 5 times as
-long, and after twenty steps seven to eleven of sixteen hidden units were alive on any node at all. So for LW-SGDm ``α_l
-‖ż_l‖ ≤ σ τ_z ‖z_l‖``, with ``ż_l = (∂z_l/∂θ_l) d_l``, which the curvature is made of; below ``r_l``, as if the weights
-had that norm. Layers in series multiply: ``L`` of them that move by ``ε`` of their weights move the product by up to
-``(1 + ε)^L − 1`` of itself (arXiv:2002.03432), and on a plain autoencoder of twelve layers 40 steps of 4 % in each
-killed whole layers on half of the seeds. So for LW-SGDm ``Σ_l α_l ‖d_l‖ / max(‖θ_l‖, r_l) ≤ σ τ_Σ``, which is met by
-itself where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but
-in evaluation mode, whose statistics lag behind the weights, half a unit of loss. Adam's direction moreover keeps its
-length when the examples are fitted and slope and curvature are next to nothing. And once the loss is down to rounding,
-``ε|f_0|`` with ``f_0`` that of some first examples (of outputs of zero if that is larger) and ``ε`` its number
-format's, so is all that is measured, while step sizes still grow against a direction that dies away, until one entry
-comes to life: on full batches that ended fits of 1e-8 at 1. A step taken there is shorter by ``|f| / ε|f_0|``, and no
-average or bound remembers that batch, or the next one that is not fitted would find step sizes of nothing. Step sizes
-start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more than rounding), and grow
-by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow and its average lags
-behind. They may fall at any pace, and after a fall regain half of their last ceiling at once. Where the examples are
-fitted step sizes grow as slope and curvature die away. One batch that is not fitted then makes the direction several
-times as long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones. And
-weight decay, which does not die away, took a layer a tenth of its weights a step, faster than any average follows: a
-BatchNorm CNN at batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w ≤ σ ζ``, ``ζ = 10⁻³``:
-what decay takes of a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
+autoencoder a tenth of the greedy step triples the loss. So ``α_l ≤ σ b_l^{p_l} b^{1−p_l}``, ``b_l = τ s_l^χ max(‖θ_l‖,
+r_l) / ‖d_l‖``: a step that is mostly noise must be shorter still. ``r_l`` is half (of normalisations a quarter) of the
+norm that torch starts such a layer with: one that starts at zero or next to it would take hundreds of steps to grow.
+The bound is pooled as step sizes are, with ``b = τ s^χ ‖θ‖ / ‖d‖`` of all layers, ``s`` the whole direction's share:
+where slope is mostly noise a bound of each layer's own held the convolutions of a ResNet to a third of the step sizes
+of its other layers, and those, of which the loss says little by themselves, ran off to ten times the best rate if ``τ``
+was larger. Nor does it hold across distances comparable to a layer's outputs, which can move much further. Where inputs
+are all of one sign the gradient lies along their mean: the first step on Cora, 3 % of the first layer's weights, made
+its outputs 1.3 to 5 times as long, and after twenty steps seven to eleven of sixteen hidden units were alive on any
+node at all. So for LW-SGDm ``α_l ‖ż_l‖ ≤ σ τ_z ‖z_l‖``, with ``ż_l = (∂z_l/∂θ_l) d_l``, which the curvature is made of;
+below ``r_l``, as if the weights had that norm. Layers in series multiply: ``L`` of them that move by ``ε`` of their
+weights move the product by up to ``(1 + ε)^L − 1`` of itself (arXiv:2002.03432), and on a plain autoencoder of twelve
+layers 40 steps of 4 % in each killed whole layers on half of the seeds. So for LW-SGDm ``Σ_l α_l ‖d_l‖ / max(‖θ_l‖,
+r_l) ≤ σ τ_Σ``, which is met by itself where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost the
+minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit of loss. Adam's
+direction moreover keeps its length when the examples are fitted and slope and curvature are next to nothing. And once
+the loss is down to rounding, ``ε|f_0|`` with ``f_0`` that of some first examples (of outputs of zero if that is larger)
+and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a direction that dies
+away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. A step taken there is shorter by
+``|f| / ε|f_0|``, and no average or bound remembers that batch, or the next one that is not fitted would find step sizes
+of nothing. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
+than rounding), and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow
+and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
+Where the examples are fitted step sizes grow as slope and curvature die away. One batch that is not fitted then makes
+the direction several times as long as it has been; so no step is longer than ``stretch`` times the average of the
+layer's last ones. And weight decay, which does not die away, took a layer a tenth of its weights a step, faster than
+any average follows: a BatchNorm CNN at batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w
+≤ σ ζ``, ``ζ = 10⁻³``: what decay takes of a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -138,6 +141,21 @@ class Line(NamedTuple):
     """``Q``"""
     per_length: Tensor
     """``1 / ‖d_l‖``"""
+
+
+class Signal(NamedTuple):
+    """How much of the slope is signal, and so how far a layer is believed."""
+
+    share: Tensor
+    """``s_l``, by layer"""
+    whole: Tensor
+    """``s``, of the whole direction's slope"""
+    own: Tensor
+    """``p_l``, by layer"""
+
+    def pool(self, own: Tensor, common: Tensor) -> Tensor:
+        """What is each layer's own drawn to what is common to all."""
+        return own.pow(self.own) * common.pow(1 - self.own)
 
 
 class Due(NamedTuple):
@@ -510,18 +528,16 @@ class Layerwise(LayeredOptimizer):
         measured, curvature = search["slope"], search["curvature"]
         slope = torch.maximum(measured - search["noise"], self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
+        signal = Signal(share, slope @ length / (measured @ length).clamp_min(tiny), self.own * share.square())
         own = slope / curvature.diagonal().clamp_min(tiny)
-        common = _minimiser(slope, curvature, length) * length
-        weight = self.own * share.square()
-        u = own.pow(weight) * common.pow(1 - weight)
-        correction = self._correction(search, slope @ length / (measured @ length).clamp_min(tiny))
-        sizes = _minimiser(slope, curvature, u) / correction * u * per_length
-        search["step_size"] = self._bounded(sizes, share, per_length, search)
+        u = signal.pool(own, _minimiser(slope, curvature, length) * length)
+        sizes = _minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
+        search["step_size"] = self._bounded(sizes, signal, per_length, search)
 
-    def _bounded(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
+    def _bounded(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
         """The step sizes within warm-up, trust, shrinkage, growth and stretch."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
-        sizes = self._trusted(sizes, share, per_length, search)
+        sizes = self._trusted(sizes, signal, per_length, search)
         sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
@@ -531,10 +547,12 @@ class Layerwise(LayeredOptimizer):
         self._remember(search, "ceiling", ceiling)
         return sizes * search["resolved"]  # of this batch alone, so not remembered
 
-    def _trusted(self, sizes: Tensor, share: Tensor, per_length: Tensor, search: dict) -> Tensor:
+    def _trusted(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
         """Step sizes within ``τ`` and ``τ_z``, and together within ``τ_Σ``."""
         present, norms = self._weight_norms()
-        sizes = torch.minimum(sizes, self.trust * share**self.caution * norms * per_length)
+        own = signal.share**self.caution * norms * per_length
+        common = signal.whole**self.caution * _length(norms) / per_length.reciprocal().norm()
+        sizes = torch.minimum(sizes, self.trust * signal.pool(own, common))
         if self.output_trust is not None:
             longest = self.output_trust * per_length / search["motion"]
             sizes = torch.minimum(sizes, longest * (norms / present))  # as if the weights were of that norm
@@ -576,6 +594,12 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
     """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
     along = lengths @ curvature @ lengths
     return torch.where(along > 0, slope @ lengths / along, 1.0)
+
+
+def _length(norms: Tensor) -> Tensor:
+    """``‖θ‖`` by the layers' norms; unlimited if there is none but of layers that are not limited."""
+    length = norms.masked_fill(norms.isinf(), 0.0).norm()
+    return length.masked_fill(length == 0, torch.inf)
 
 
 def _rounding(minibatch: Minibatch, outputs: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LWSGDm(Layerwise):
         joint_trust: float | None = 0.1,
         output_trust: float | None = 0.2,
         own: float = 1.0,
-        caution: float = 1.0,
+        caution: float = 1.5,
         warmup: int = 5,
         growth: float = 1.1,
         **search,

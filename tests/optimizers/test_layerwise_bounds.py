@@ -73,6 +73,9 @@ def test_layers_move_no_further_together_than_the_joint_trust(method, noise, joi
     settings = UNBOUNDED | {"joint_trust": joint}
     optimizer = method(model.parameters(), trust=0.05, caution=1.0, averaging=0.0, **settings)
     optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
+    with torch.no_grad():
+        for layer, norm in zip(optimizer._layers, optimizer._weight_norms()[0], strict=True):
+            torch._foreach_div_(layer.parameters, 0.3 * norm)  # of one norm, so that each is trusted as all are
     search, one = optimizer._search, torch.ones(3)
     search |= {"slope": one, "noise": noise * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
     optimizer._search_step_sizes(search, per_length=one)
@@ -157,17 +160,42 @@ def test_a_steep_batch_stretches_the_step_no_further_than_its_bound(method, stre
 
 
 @BOTH
+@pytest.mark.parametrize("own", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("caution", [0.0, 1.5])
 @pytest.mark.parametrize(("signal", "share"), [(1.0, 1.0), (0.5, 0.5), (0.1, 0.2)])  # the floor is a fifth
-def test_trust_shrinks_with_the_share_of_signal(method, caution, signal, share):
-    """Where the model has next to no curvature, a layer moves by τ s^χ of its weights."""
+def test_trust_shrinks_with_the_share_of_signal_and_is_pooled(method, own, caution, signal, share):
+    """Where the model has next to no curvature, steps are τ s^χ of a layer's weights, drawn to that of all weights."""
     model = small_network()
-    optimizer = method(model.parameters(), trust=0.02, caution=caution, averaging=0.0, **UNBOUNDED)
+    optimizer = method(model.parameters(), trust=0.02, caution=caution, own=own, averaging=0.0, **UNBOUNDED)
     optimizer.step(small_objective(model)(*small_batch()))
     search, one = optimizer._search, torch.ones(len(optimizer._layers))
     search |= {"slope": one, "noise": (1 - signal) * one, "curvature": torch.diag(1e-9 * one), "along_step": one[:2]}
     optimizer._search_step_sizes(search, per_length=one)
-    torch.testing.assert_close(search["step_size"], 0.02 * share**caution * optimizer._weight_norms()[1])
+    norms = optimizer._weight_norms()[1]
+    p, common = own * share**2, norms.square().mean().sqrt()
+    torch.testing.assert_close(search["step_size"], 0.02 * share**caution * norms**p * common ** (1 - p))
+
+
+@BOTH
+@pytest.mark.parametrize("others", [[nn.Linear(4, 3)], []])
+def test_a_vector_that_starts_at_zero_is_not_held_there(method, others):
+    """There is nothing that its steps could be relative to."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x[:, :3] + self.by
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*others, Shift())
+    objective, optimizer = small_objective(model), method(model.parameters())
+    x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    losses = [optimizer.step(objective(x, y)).item() for _ in range(60)]
+    assert losses[-1] < losses[0] / 2
+    assert model[-1].by.norm() > 0.1
 
 
 @BOTH
