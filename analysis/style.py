@@ -75,6 +75,8 @@ GROUPS = {
         "dadaptation": Style(ORANGE, DOTTED, "s"),
         "dog": Style(PINK, DOTTED, "^"),
         "schedulefree": Style(PURPLE, LONG, "v"),
+        "gen_sgdm": Style(BROWN, DOTTED, "P"),
+        "gen_adamw": Style(SKY, DOTTED, "X"),
     },
     "Second order": {
         "kfac": Style(GREEN, DASHDOT, "D"),
