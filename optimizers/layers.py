@@ -35,22 +35,10 @@ _NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 class Ghost(NamedTuple):
-    """A layer's output whose values have been let go: all that is asked of one later."""
+    """A layer's output whose values have been let go: all that tangents ask of one."""
 
     shape: torch.Size
     grad_fn: torch.autograd.graph.Node
-    norm: Tensor
-    """``‖z‖``"""
-
-    @classmethod
-    def of(cls, output: Tensor) -> Ghost:
-        return cls(output.shape, output.grad_fn, norm(output))
-
-
-def norm(x: Tensor) -> Tensor:
-    """``‖x‖``, in no less than single precision."""
-    low = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.linalg.vector_norm(x.detach(), dtype=torch.float32 if low else None)
 
 
 class Layer:
@@ -248,12 +236,7 @@ class Call:
 
     Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
     out in the parameters' own, so that curvature is computed and kept in it.
-
-    Attributes:
-        moved: ``‖ż‖`` along the last direction; None before a tangent has been asked for.
     """
-
-    moved: Tensor | None = None
 
     def __init__(self, layer: Layer, inputs: tuple, output: Tensor | Ghost) -> None:
         self.layer = layer
@@ -276,9 +259,7 @@ class Call:
         return self.layer.gradient(self.inputs, self.output, delta)
 
     def tangent(self, direction: Sequence[Tensor]) -> Tensor:
-        tangent = self.layer.tangent(self.inputs, self.output, direction)
-        self.moved = norm(tangent)
-        return tangent
+        return self.layer.tangent(self.inputs, self.output, direction)
 
     def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
@@ -357,7 +338,7 @@ class Trace:
                     f"layer '{layer.name}' ({type(module).__name__}) returns {type(output).__name__}; only layers that "
                     "return one tensor can be traced: freeze its parameters, or use an optimizer of gradients alone"
                 )
-            call = Call(layer, inputs, output if self._keep_outputs else Ghost.of(output))
+            call = Call(layer, inputs, output if self._keep_outputs else Ghost(output.shape, output.grad_fn))
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 

@@ -69,11 +69,7 @@ norm that torch starts such a layer with: one that starts at zero or next to it 
 The bound is pooled as step sizes are, with ``b = τ s^χ ‖θ‖ / ‖d‖`` of all layers, ``s`` the whole direction's share:
 where slope is mostly noise a bound of each layer's own held the convolutions of a ResNet to a third of the step sizes
 of its other layers, and those, of which the loss says little by themselves, ran off to ten times the best rate if ``τ``
-was larger. Nor does it hold across distances comparable to a layer's outputs, which can move much further. Where inputs
-are all of one sign the gradient lies along their mean: the first step on Cora, 3 % of the first layer's weights, made
-its outputs 1.3 to 5 times as long, and after twenty steps seven to eleven of sixteen hidden units were alive on any
-node at all. So for LW-SGDm ``α_l ‖ż_l‖ ≤ σ τ_z ‖z_l‖``, with ``ż_l = (∂z_l/∂θ_l) d_l``, which the curvature is made of;
-below ``r_l``, as if the weights had that norm. Layers in series multiply: ``L`` of them that move by ``ε`` of their
+was larger. Layers in series multiply: ``L`` of them that move by ``ε`` of their
 weights move the product by up to ``(1 + ε)^L − 1`` of itself (arXiv:2002.03432), and on a plain autoencoder of twelve
 layers 40 steps of 4 % in each killed whole layers on half of the seeds. So for LW-SGDm ``Σ_l α_l ‖d_l‖ / max(‖θ_l‖,
 r_l) ≤ σ τ_Σ``, which is met by itself where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost the
@@ -109,7 +105,6 @@ symbol   argument          meaning
 ``χ``    ``caution``       how fast trust shrinks with a layer's share of signal
 ``τ``    ``trust``         longest step of a layer, relative to its weights
 ``τ_Σ``  ``joint_trust``   longest step of all layers, each relative to its weights, summed
-``τ_z``  ``output_trust``  longest step of a layer, by what part of themselves its outputs move
 –        ``stretch``       longest step of a layer, relative to its last ones
 =======  ================  ==========================================================================================
 """
@@ -191,7 +186,6 @@ class Layerwise(LayeredOptimizer):
         defaults: the descent's own options, per group.
         trust: ``τ`` > 0.
         joint_trust: ``τ_Σ`` > 0; None: no bound.
-        output_trust: ``τ_z`` > 0; None: no bound.
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
@@ -241,7 +235,6 @@ class Layerwise(LayeredOptimizer):
         correct_every: int = 5,
         share: float = 0.25,
         joint_trust: float | None = None,
-        output_trust: float | None = None,
         curvature=None,
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
@@ -258,8 +251,7 @@ class Layerwise(LayeredOptimizer):
         whole = correct_every >= 1 and correct_every == int(correct_every)
         check(whole, "correct_every", correct_every, "a whole number, at least 1")
         check(0 < share <= 1, "share", share, "in (0, 1]")
-        for name, bound in (("joint_trust", joint_trust), ("output_trust", output_trust)):
-            check(bound is None or bound > 0, name, bound, "positive or None")
+        check(joint_trust is None or joint_trust > 0, "joint_trust", joint_trust, "positive or None")
         super().__init__(params, {"lr": sigma} | defaults)
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
@@ -267,8 +259,8 @@ class Layerwise(LayeredOptimizer):
         self.averaging, self.floor = averaging, floor
         self.warmup, self.growth, self.stretch = warmup, growth, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
-        self.own, self.trust, self.caution, self.share = own, trust, caution, share
-        self.joint_trust, self.output_trust = joint_trust, output_trust
+        self.own, self.caution, self.share = own, caution, share
+        self.trust, self.joint_trust = trust, joint_trust
         self.curvature = GaussNewton() if curvature is None else curvature
 
     @torch.no_grad()
@@ -423,10 +415,7 @@ class Layerwise(LayeredOptimizer):
                 self._measure_noise(sample, trace, per_length, search)
         q = None
         if due.curvature:
-            directions = _Directions(self._layers, self._direction)
-            q = sample.mean(self.curvature(sample, trace, directions))
-            if self.output_trust is not None:
-                self._measure_motion(sample, trace, directions, per_length, search)
+            q = sample.mean(self.curvature(sample, trace, _Directions(self._layers, self._direction)))
         if minibatch.complete and due.noise:
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
@@ -490,19 +479,6 @@ class Layerwise(LayeredOptimizer):
         weight = max(1 - self._past(search) ** self.correct_every, 1 / count)
         self._remember(search, "noise", search["noise"].lerp(noise, weight) if "noise" in search else noise)
 
-    def _measure_motion(
-        self, minibatch: Minibatch, trace: Trace, directions: _Directions, per_length: Tensor, search: dict
-    ) -> None:
-        """Keep ``‖ż_l‖ / ‖z_l‖`` per unit of length, the part of itself that a layer's output moves by."""
-        squares = {layer: torch.zeros_like(per_length[:2]) for layer in self._layers}
-        for call in trace.calls:
-            if call.moved is None:  # the curvature did without
-                call.tangent(directions[call.layer])
-            squares[call.layer] = squares[call.layer] + torch.stack([call.moved, call.output.norm]).square()
-        moved, size = minibatch.mean(torch.stack(list(squares.values()))).T
-        motion = torch.where(size > 0, moved / size, 0.0).sqrt()
-        self._remember(search, "motion", motion * per_length)
-
     def _compare(self, line: Line, loss: Tensor, search: dict) -> None:
         """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
         sizes = self._step_sizes(search)
@@ -548,14 +524,11 @@ class Layerwise(LayeredOptimizer):
         return sizes * search["resolved"]  # of this batch alone, so not remembered
 
     def _trusted(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
-        """Step sizes within ``τ`` and ``τ_z``, and together within ``τ_Σ``."""
-        present, norms = self._weight_norms()
+        """Step sizes within ``τ``, and together within ``τ_Σ``."""
+        norms = self._weight_norms()
         own = signal.share**self.caution * norms * per_length
         common = signal.whole**self.caution * _length(norms) / per_length.reciprocal().norm()
         sizes = torch.minimum(sizes, self.trust * signal.pool(own, common))
-        if self.output_trust is not None:
-            longest = self.output_trust * per_length / search["motion"]
-            sizes = torch.minimum(sizes, longest * (norms / present))  # as if the weights were of that norm
         if self.joint_trust is None:
             return sizes
         relative = sizes / (norms * per_length)
@@ -570,12 +543,12 @@ class Layerwise(LayeredOptimizer):
         self._remember(search, "usual_length", torch.where(usual > 0, usual.lerp(length, weight), length))
         return sizes
 
-    def _weight_norms(self) -> tuple[Tensor, Tensor]:
-        """``‖θ_l‖``, and what is trusted of it: at least ``r_l``; unlimited for other vectors that start at zero."""
+    def _weight_norms(self) -> Tensor:
+        """``max(‖θ_l‖, r_l)``; unlimited for other vectors that start at zero."""
         norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
         least = torch.as_tensor([_least_norm(layer) for layer in self._layers], dtype=norms.dtype)
-        trusted = torch.maximum(norms, least.to(norms.device, non_blocking=True))
-        return norms, trusted.masked_fill(trusted == 0, torch.inf)
+        norms = torch.maximum(norms, least.to(norms.device, non_blocking=True))
+        return norms.masked_fill(norms == 0, torch.inf)
 
     def _sizes_by_decay(self, like: Tensor) -> Tensor:
         """``ζ / w``, by the largest decay of a layer's parameters."""

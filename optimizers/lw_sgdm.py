@@ -26,7 +26,6 @@ class LWSGDm(Layerwise):
         weight_decay: ``w`` ≥ 0.
         trust: ``τ``; see ``Layerwise``.
         joint_trust: ``τ_Σ``; see ``Layerwise``.
-        output_trust: ``τ_z``; see ``Layerwise``.
         own: ``ω``; see ``Layerwise``.
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
@@ -41,7 +40,6 @@ class LWSGDm(Layerwise):
         weight_decay: float = 0.0,
         trust: float = 0.02,
         joint_trust: float | None = 0.1,
-        output_trust: float | None = 0.2,
         own: float = 1.0,
         caution: float = 1.5,
         warmup: int = 5,
@@ -50,8 +48,8 @@ class LWSGDm(Layerwise):
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
-        search |= {"trust": trust, "joint_trust": joint_trust, "output_trust": output_trust}
-        search |= {"own": own, "caution": caution, "warmup": warmup, "growth": growth}
+        search |= {"trust": trust, "joint_trust": joint_trust, "own": own}
+        search |= {"caution": caution, "warmup": warmup, "growth": growth}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
