@@ -69,24 +69,31 @@ norm that torch starts such a layer with: one that starts at zero or next to it 
 The bound is pooled as step sizes are, with ``b = τ s^χ ‖θ‖ / ‖d‖`` of all layers, ``s`` the whole direction's share:
 where slope is mostly noise a bound of each layer's own held the convolutions of a ResNet to a third of the step sizes
 of its other layers, and those, of which the loss says little by themselves, ran off to ten times the best rate if ``τ``
-was larger. Layers in series multiply: ``L`` of them that move by ``ε`` of their
-weights move the product by up to ``(1 + ε)^L − 1`` of itself (arXiv:2002.03432), and on a plain autoencoder of twelve
-layers 40 steps of 4 % in each killed whole layers on half of the seeds. So for LW-SGDm ``Σ_l α_l ‖d_l‖ / max(‖θ_l‖,
-r_l) ≤ σ τ_Σ``, which is met by itself where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost the
-minibatch's loss nothing, but in evaluation mode, whose statistics lag behind the weights, half a unit of loss. Adam's
-direction moreover keeps its length when the examples are fitted and slope and curvature are next to nothing. And once
-the loss is down to rounding, ``ε|f_0|`` with ``f_0`` that of some first examples (of outputs of zero if that is larger)
-and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a direction that dies
-away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. A step taken there is shorter by
-``|f| / ε|f_0|``, and no average or bound remembers that batch, or the next one that is not fitted would find step sizes
-of nothing. Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
-than rounding), and grow by a factor of at most ``growth`` at each measurement, because curvature rises while steps grow
-and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at once.
-Where the examples are fitted step sizes grow as slope and curvature die away. One batch that is not fitted then makes
-the direction several times as long as it has been; so no step is longer than ``stretch`` times the average of the
-layer's last ones. And weight decay, which does not die away, took a layer a tenth of its weights a step, faster than
-any average follows: a BatchNorm CNN at batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w
-≤ σ ζ``, ``ζ = 10⁻³``: what decay takes of a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
+was larger. Layers in series multiply: ``L`` of them that move by ``ε`` of their weights move the product by up to ``(1
++ ε)^L − 1`` of itself (arXiv:2002.03432), and on a plain autoencoder of twelve layers 40 steps of 4 % in each killed
+whole layers on half of the seeds. So for LW-SGDm ``Σ_l α_l ‖d_l‖ / max(‖θ_l‖, r_l) ≤ σ τ_Σ``, which is met by itself
+where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost the minibatch's loss nothing, but in
+evaluation mode, whose statistics lag behind the weights, half a unit of loss.
+
+**Growth.** Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
+than rounding), and grow by at most ``growth − 1`` of themselves, and of a tenth of what trust allows, at each
+measurement, because curvature rises while steps grow and its average lags behind. The tenth is for directions whose
+curvature is highest when they are first taken, as Adam's on a ResNet: by a twentieth of itself alone its step size
+crept for a hundred steps at a tenth of what is best. They may fall at any pace, and after a fall regain half of their
+last ceiling at once.
+
+**Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
+length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as
+long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones. Weight decay,
+which does not die away, took a layer a tenth of its weights a step, faster than any average follows: a BatchNorm CNN at
+batch 500 had a minibatch loss of 0.001 and an evaluation loss of 1. So ``α_l w ≤ σ ζ``, ``ζ = 10⁻³``: what decay takes
+of a layer a step at a rate of 0.4, with a momentum of 0.9 and ``w = 5·10⁻⁴``.
+
+**Rounding.** Once the loss is down to rounding, ``ε|f_0|`` with ``f_0`` that of some first examples (of outputs of zero
+if that is larger) and ``ε`` its number format's, so is all that is measured, while step sizes still grow against a
+direction that dies away, until one entry comes to life: on full batches that ended fits of 1e-8 at 1. A step taken
+there is shorter by ``|f| / ε|f_0|``, and no average or bound remembers that batch, or the next one that is not fitted
+would find step sizes of nothing.
 
 **Invariances.** Scaling the likelihood changes nothing. Moving scale between layers of a ReLU net changes nothing where
 there is no noise (a full batch), ``ω = 1`` and no layer is below ``r_l``; otherwise the common step size sees the
@@ -189,7 +196,7 @@ class Layerwise(LayeredOptimizer):
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
-        growth: largest growth of a step size from measurement to measurement, above 1.
+        growth: largest growth of a step size from measurement to measurement, above 1; see ``HEAD_START``.
         stretch: a layer's longest step, relative to the mean of its last ones; above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
@@ -215,6 +222,9 @@ class Layerwise(LayeredOptimizer):
 
     #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
+
+    #: ``h``: of the step size that trust allows, what one grows by as if it had it.
+    HEAD_START = 0.1
 
     def __init__(
         self,
@@ -513,22 +523,27 @@ class Layerwise(LayeredOptimizer):
     def _bounded(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
         """The step sizes within warm-up, trust, shrinkage, growth and stretch."""
         sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
-        sizes = self._trusted(sizes, signal, per_length, search)
+        norms = self._weight_norms()
+        longest = self._longest(norms, signal, per_length)
+        sizes = self._together(torch.minimum(sizes, longest), norms, per_length)
         sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
+        grown = sizes + (self.growth - 1) * (sizes + self.HEAD_START * longest.nan_to_num(posinf=0.0))
         # half the last ceiling at least: a step that fell to zero must be able to grow again
-        ceiling = torch.maximum(self.growth * sizes, ceiling.nan_to_num(posinf=0.0) / 2)
+        ceiling = torch.maximum(grown, ceiling.nan_to_num(posinf=0.0) / 2)
         ceiling = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
         self._remember(search, "ceiling", ceiling)
         return sizes * search["resolved"]  # of this batch alone, so not remembered
 
-    def _trusted(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
-        """Step sizes within ``τ``, and together within ``τ_Σ``."""
-        norms = self._weight_norms()
+    def _longest(self, norms: Tensor, signal: Signal, per_length: Tensor) -> Tensor:
+        """The step sizes that ``τ`` allows."""
         own = signal.share**self.caution * norms * per_length
         common = signal.whole**self.caution * _length(norms) / per_length.reciprocal().norm()
-        sizes = torch.minimum(sizes, self.trust * signal.pool(own, common))
+        return self.trust * signal.pool(own, common)
+
+    def _together(self, sizes: Tensor, norms: Tensor, per_length: Tensor) -> Tensor:
+        """The step sizes within ``τ_Σ``."""
         if self.joint_trust is None:
             return sizes
         relative = sizes / (norms * per_length)

@@ -90,6 +90,7 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
     model = small_network()
     objective = small_objective(model)
     optimizer = method(model.parameters(), sigma=1.0, growth=1.03, trust=0.01)
+    optimizer.HEAD_START = 0.0
     sizes = []
     for _ in range(50):
         before = [p.detach().clone() for p in objective.layers[0].parameters]
@@ -99,6 +100,24 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
         assert moved <= 1.01 * 0.01 * sum((q**2).sum() for q in before) ** 0.5
     ceilings = torch.stack([torch.stack(sizes[:i]).amax(0) for i in range(1, 51)])
     assert (ceilings[1:] / ceilings[:-1]).max() < 1.03 * 1.0001
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1e-4, 1e-2])
+def test_a_step_size_grows_as_if_it_had_a_tenth_of_what_is_trusted(method, size):
+    """``α ← α + (growth − 1)(α + b/10)``: a short one by half of a hundredth of trust, a long one by a twentieth."""
+    model = nn.Linear(6, 3)
+    optimizer = method(model.parameters(), growth=1.05, trust=0.1, caution=0.0, averaging=0.0, warmup=1)
+    optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
+    search, one = optimizer._search, torch.ones(1)
+    search |= {"slope": one, "noise": 0 * one, "along_step": torch.ones(2), "usual_length": 0 * one}
+    search["ceiling"] = torch.inf * one
+    for curvature in (1 / size, 1e-9):  # the minimum, and then none in sight
+        search["curvature"] = curvature * one.view(1, 1)
+        search["usual_length"] = 0 * one
+        optimizer._search_step_sizes(search, per_length=one)
+    trusted = 0.1 * optimizer._weight_norms()
+    torch.testing.assert_close(search["step_size"], size + 0.05 * (size + 0.1 * trusted))
 
 
 @BOTH
