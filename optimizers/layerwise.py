@@ -76,11 +76,11 @@ where steps are noisy or layers few. On a BatchNorm CNN long noisy steps cost th
 evaluation mode, whose statistics lag behind the weights, half a unit of loss.
 
 **Growth.** Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
-than rounding), and grow by at most ``growth − 1`` of themselves, and of a tenth of what trust allows, at each
-measurement, because curvature rises while steps grow and its average lags behind. The tenth is for directions whose
-curvature is highest when they are first taken, as Adam's on a ResNet: by a twentieth of itself alone its step size
-crept for a hundred steps at a tenth of what is best. They may fall at any pace, and after a fall regain half of their
-last ceiling at once.
+than rounding), and grow by at most ``growth − 1`` of themselves at each measurement, because curvature rises while
+steps grow and its average lags behind; in the first ``settling`` ones, of a tenth of what trust allows as well.
+Curvature may be highest along the first directions, as along Adam's on a ResNet, and by a twentieth of itself alone a
+step size then crept for a hundred steps at a tenth of what is best. (Later that tenth would bring examples that are
+fitted to life again.) Step sizes may fall at any pace, and after a fall regain half of their last ceiling at once.
 
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
 length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as
@@ -223,7 +223,7 @@ class Layerwise(LayeredOptimizer):
     #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
 
-    #: ``h``: of the step size that trust allows, what one grows by as if it had it.
+    #: ``h``: of the step size that trust allows, what one grows by as if it had it, until settled.
     HEAD_START = 0.1
 
     def __init__(
@@ -529,7 +529,8 @@ class Layerwise(LayeredOptimizer):
         sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
-        grown = sizes + (self.growth - 1) * (sizes + self.HEAD_START * longest.nan_to_num(posinf=0.0))
+        head_start = self.HEAD_START * (search["measured"] <= self.settling)
+        grown = sizes + (self.growth - 1) * (sizes + head_start * longest.nan_to_num(posinf=0.0))
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(grown, ceiling.nan_to_num(posinf=0.0) / 2)
         ceiling = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
