@@ -77,9 +77,9 @@ evaluation mode, whose statistics lag behind the weights, half a unit of loss.
 
 **Growth.** Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
 than rounding), and grow by at most ``growth − 1`` of themselves at each measurement, because curvature rises while
-steps grow and its average lags behind; in the first ``settling`` ones, of a tenth of what trust allows as well.
-Curvature may be highest along the first directions, as along Adam's on a ResNet, and by a twentieth of itself alone a
-step size then crept for a hundred steps at a tenth of what is best. (Later that tenth would bring examples that are
+steps grow and its average lags behind. Curvature along Adam's first directions is so high, on a ResNet, that by a
+twentieth of itself alone a step size crept for a hundred steps at a tenth of what is best: in the first ``settling``
+ones LW-AdamW's grow by that part of ``h b_l^{p_l} b^{1−p_l}`` as well. (Later, that would bring examples that are
 fitted to life again.) Step sizes may fall at any pace, and after a fall regain half of their last ceiling at once.
 
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
@@ -112,6 +112,7 @@ symbol   argument          meaning
 ``χ``    ``caution``       how fast trust shrinks with a layer's share of signal
 ``τ``    ``trust``         longest step of a layer, relative to its weights
 ``τ_Σ``  ``joint_trust``   longest step of all layers, each relative to its weights, summed
+``h``    ``head_start``    of the step size that trust allows, what one grows by as if it had it, until settled
 –        ``stretch``       longest step of a layer, relative to its last ones
 =======  ================  ==========================================================================================
 """
@@ -196,7 +197,8 @@ class Layerwise(LayeredOptimizer):
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
-        growth: largest growth of a step size from measurement to measurement, above 1; see ``HEAD_START``.
+        growth: largest growth of a step size from measurement to measurement, above 1.
+        head_start: ``h`` ≥ 0.
         stretch: a layer's longest step, relative to the mean of its last ones; above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
@@ -223,9 +225,6 @@ class Layerwise(LayeredOptimizer):
     #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
 
-    #: ``h``: of the step size that trust allows, what one grows by as if it had it, until settled.
-    HEAD_START = 0.1
-
     def __init__(
         self,
         params: Iterable,
@@ -245,6 +244,7 @@ class Layerwise(LayeredOptimizer):
         correct_every: int = 5,
         share: float = 0.25,
         joint_trust: float | None = None,
+        head_start: float = 0.0,
         curvature=None,
     ) -> None:
         check(sigma > 0, "sigma", sigma, "positive")
@@ -255,6 +255,7 @@ class Layerwise(LayeredOptimizer):
         check(trust > 0, "trust", trust, "positive")
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
+        check(head_start >= 0, "head_start", head_start, "at least 0")
         check(stretch > 1, "stretch", stretch, "above 1")
         check(every >= 1 and every == int(every), "every", every, "a whole number, at least 1")
         check(settling >= 0, "settling", settling, "at least 0")
@@ -267,7 +268,7 @@ class Layerwise(LayeredOptimizer):
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
             check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
         self.averaging, self.floor = averaging, floor
-        self.warmup, self.growth, self.stretch = warmup, growth, stretch
+        self.warmup, self.growth, self.head_start, self.stretch = warmup, growth, head_start, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.caution, self.share = own, caution, share
         self.trust, self.joint_trust = trust, joint_trust
@@ -529,7 +530,7 @@ class Layerwise(LayeredOptimizer):
         sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
-        head_start = self.HEAD_START * (search["measured"] <= self.settling)
+        head_start = self.head_start * (search["measured"] <= self.settling)
         grown = sizes + (self.growth - 1) * (sizes + head_start * longest.nan_to_num(posinf=0.0))
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(grown, ceiling.nan_to_num(posinf=0.0) / 2)

@@ -89,8 +89,7 @@ def test_layers_move_no_further_together_than_the_joint_trust(method, noise, joi
 def test_trust_growth_and_warm_up_bound_the_steps(method):
     model = small_network()
     objective = small_objective(model)
-    optimizer = method(model.parameters(), sigma=1.0, growth=1.03, trust=0.01)
-    optimizer.HEAD_START = 0.0
+    optimizer = method(model.parameters(), sigma=1.0, growth=1.03, head_start=0.0, trust=0.01)
     sizes = []
     for _ in range(50):
         before = [p.detach().clone() for p in objective.layers[0].parameters]
@@ -104,10 +103,10 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
 
 @BOTH
 @pytest.mark.parametrize("size", [1e-4, 1e-2])
-def test_a_step_size_grows_as_if_it_had_a_tenth_of_what_is_trusted(method, size):
+def test_a_head_start_is_a_part_of_what_is_trusted(method, size):
     """``α ← α + (growth − 1)(α + b/10)``: a short one by half of a hundredth of trust, a long one by a twentieth."""
     model = nn.Linear(6, 3)
-    optimizer = method(model.parameters(), growth=1.05, trust=0.1, caution=0.0, averaging=0.0, warmup=1)
+    optimizer = method(model.parameters(), growth=1.05, head_start=0.1, trust=0.1, caution=0.0, averaging=0.0, warmup=1)
     optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
     search, one = optimizer._search, torch.ones(1)
     search |= {"slope": one, "noise": 0 * one, "along_step": torch.ones(2), "usual_length": 0 * one}
