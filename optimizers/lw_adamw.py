@@ -45,7 +45,7 @@ class LWAdamW(Layerwise):
         caution: float = 2.0,
         warmup: int = 20,
         growth: float = 1.05,
-        head_start: float = 0.1,
+        head_start: float = 0.05,
         **search,
     ) -> None:
         betas = tuple(betas)
