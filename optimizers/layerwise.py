@@ -77,10 +77,11 @@ evaluation mode, whose statistics lag behind the weights, half a unit of loss.
 
 **Growth.** Step sizes start at ``1/warmup`` of their value, each layer's when it first has a gradient (that is more
 than rounding), and grow by at most ``growth − 1`` of themselves at each measurement, because curvature rises while
-steps grow and its average lags behind. Curvature along Adam's first directions is so high, on a ResNet, that by a
-twentieth of itself alone a step size crept for a hundred steps at a tenth of what is best: in the first ``settling``
-ones LW-AdamW's grow by that part of ``h b_l^{p_l} b^{1−p_l}`` as well. (Later, that would bring examples that are
-fitted to life again.) Step sizes may fall at any pace, and after a fall regain half of their last ceiling at once.
+steps grow and its average lags behind. They may fall at any pace, and after a fall regain half of their last ceiling at
+once. Curvature along Adam's first directions is so high, on a ResNet, that by a twentieth of itself alone a step size
+creeps for a hundred steps at a tenth of what is best; with a head start it grows by that part of ``h b_l^{p_l}
+b^{1−p_l}`` as well in the first ``settling`` ones. By default there is none, for deep autoencoders are the worse for
+it. (Later it would bring examples that are fitted to life again.)
 
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
 length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as

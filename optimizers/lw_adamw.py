@@ -30,7 +30,6 @@ class LWAdamW(Layerwise):
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
         growth: see ``Layerwise``.
-        head_start: ``h``; see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -45,15 +44,13 @@ class LWAdamW(Layerwise):
         caution: float = 2.0,
         warmup: int = 20,
         growth: float = 1.05,
-        head_start: float = 0.05,
         **search,
     ) -> None:
         betas = tuple(betas)
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        search |= {"trust": trust, "own": own, "caution": caution}
-        search |= {"warmup": warmup, "growth": growth, "head_start": head_start}
+        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
