@@ -16,7 +16,7 @@ from tests.optimizers import cases
 
 EXAMPLES, STEPS, POPULATION = 64, 8, 100
 FORK = multiprocessing.get_context("fork")
-SHARING = ("sgdm", "adamw", "lw_sgdm", "lw_adamw", "prodigy", "lamb")
+SHARING = ("sgdm", "adamw", "lw_sgdm", "lw_adamw", "gen_adamw", "prodigy", "lamb")
 
 
 def network(dtype):
