@@ -62,6 +62,36 @@ def test_the_three_losses_have_the_same_dropout_masks():
     assert ahead == start == behind
 
 
+@pytest.mark.parametrize("method", [GeNSGD, GeNAdamW])
+def test_measures_after_every_step_where_that_is_asked_for(method):
+    objective, x, y, model = cases.least_squares()
+    optimizer = method(model.parameters(), lr=0.01, every=1)
+    for _ in range(3):
+        optimizer.step(objective(x, y))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 1.1**2)
+
+
+def test_a_line_on_which_the_model_overflows_leaves_parameters_and_rate():
+    objective, x, y, model = cases.least_squares()
+    optimizer = GeNSGD(model.parameters(), lr=0.01, every=1)
+    optimizer.step(objective(x, y))
+    weight, minibatch = model.weight.detach().clone(), objective(x, y)
+
+    def overflow():
+        raise OverflowError
+
+    minibatch.evaluate = overflow
+    with torch.no_grad():
+        optimizer._search(minibatch)
+    assert torch.equal(model.weight, weight)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_a_closure_that_cannot_be_evaluated_again_is_refused():
+    with pytest.raises(TypeError, match="objective = Objective"):
+        GeNSGD(cases.small_network().parameters()).step(lambda: torch.tensor(1.0))
+
+
 def test_counts_a_forward_pass_for_each_loss():
     model = cases.small_network()
     objective = cases.small_objective(model)

@@ -7,6 +7,7 @@ number back (``.item()``, ``if tensor:``), is an error there, and so is a tensor
 import pytest
 import torch
 
+from optimizers.tangent import Curvature
 from tests.optimizers import cases
 
 STEPS = 30  # rare ones among them: noise, statistics, inverses, roots
@@ -42,3 +43,9 @@ def test_steps_wait_for_nothing(name, population, monkeypatch):
             steps(name, population)
     else:
         steps(name, population)
+
+
+def test_curvature_rescaling_waits_in_no_later_step(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(Curvature, "check", lambda self, direction, curvature: None)
+    steps("curvature_rescaling", None)
