@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 # Work in gradient-equivalents: one forward and one full backward pass make 1. Counted by construction of the method.
 FORWARD = ACTIVATION_BACKWARD = WEIGHT_GRADIENT = TANGENT = 1 / 3
@@ -73,12 +74,37 @@ class Layer:
             inputs: what the module was called with.
             output: what it returned.
             direction: one tensor per parameter.
+
+        Raises:
+            TypeError: the module has a function that torch cannot differentiate so.
         """
         theta = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
         dot = dict(zip(self.names, direction, strict=True))
+
+        def output_of(theta: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.module, theta, inputs)
+
         with frozen_statistics(self.module):
-            _, tangent = torch.func.jvp(lambda t: torch.func.functional_call(self.module, t, inputs), (theta,), (dot,))
+            try:
+                tangent = torch.func.jvp(output_of, (theta,), (dot,))[1]
+            except NotImplementedError:  # torch has no forward mode for some functions
+                tangent = self._pulled_back_twice(output_of, theta, direction)
         return tangent.clone()
+
+    def _pulled_back_twice(self, output_of: Callable, theta: dict[str, Tensor], direction: Sequence[Tensor]) -> Tensor:
+        """``ż`` by reverse mode alone: ``(∂z/∂θ)ᵀ δ`` is linear in ``δ``, and its derivative along ``d`` is ``ż``."""
+        with torch.enable_grad():
+            theta = {name: p.requires_grad_() for name, p in theta.items()}
+            z = output_of(theta)
+            delta = torch.zeros_like(z, requires_grad=True)
+            try:
+                pulled = torch.autograd.grad(z, list(theta.values()), delta, create_graph=True)
+                return torch.autograd.grad(pulled, delta, list(direction))[0]
+            except RuntimeError as error:
+                raise TypeError(
+                    f"layer '{self.name}' ({type(self.module).__name__}) has no derivative along a direction in torch "
+                    f"({error}): freeze its parameters, or use an optimizer of gradients alone"
+                ) from None
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
         """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
@@ -185,8 +211,10 @@ class LinearGraphLayer(Layer):
 
 
 def _kind(module: nn.Module) -> type[Layer]:
-    if type(module).__name__ in LINEAR_GRAPH_LAYERS:
+    if type(module).__name__ in LINEAR_GRAPH_LAYERS and not _bends(module):
         return LinearGraphLayer
+    if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+        return Layer  # reparametrised, whatever the module is: by spectral_norm, weight_norm
     if type(module) is nn.Linear:
         return LinearLayer
     plain_convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
@@ -199,13 +227,24 @@ def _kind(module: nn.Module) -> type[Layer]:
     return Layer
 
 
+def _bends(convolution: nn.Module) -> bool:
+    """Whether options make a graph convolution of ``LINEAR_GRAPH_LAYERS`` not linear: its linear parts are layers then.
+
+    ``SAGEConv`` can scale its output to length 1 and put a layer with ReLU first; any aggregation may learn.
+    """
+    sage = type(convolution).__name__ == "SAGEConv" and (convolution.normalize or convolution.project)
+    learned = any(True for _ in getattr(convolution, "aggr_module", nn.Identity()).parameters())
+    return sage or learned
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """The layers of a model, in the order of ``named_modules``; frozen parameters are left out, shared ones counted
     once.
 
-    A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child); any other
-    module owns those that are its own attributes. A module of unknown type gets the generic rules (autograd for the
-    gradient, forward mode for the tangent), right for any module that returns one tensor.
+    A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child), and so does a
+    module that ``torch.nn.utils.parametrize`` computes the weight of; any other owns those that are its own attributes.
+    A module of unknown type gets the generic rules (autograd for the gradient, forward mode for the tangent), right for
+    any module that returns one tensor.
 
     Raises:
         TypeError: the model, or a part of it, is compiled: its layers' calls are not to be seen.
@@ -221,7 +260,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         if any(name.startswith(prefix) for prefix in inside):
             continue
         kind = _kind(module)
-        whole = kind is LinearGraphLayer
+        whole = kind is LinearGraphLayer or is_parametrized(module)
         parameters = {n: p for n, p in module.named_parameters(recurse=whole) if p.requires_grad and p not in seen}
         if whole:
             inside.add(name + ".")

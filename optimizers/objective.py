@@ -106,7 +106,12 @@ class Objective:
             targets: ``(m, …)``.
             rows: indices of the outputs that the targets belong to (a graph's labelled nodes); None: all, in order, and
                 no example's output depends on the other examples but through BatchNorm.
+
+        Raises:
+            ValueError: there are no targets.
         """
+        if not len(targets):
+            raise ValueError("a minibatch of no examples has no mean loss: leave it out (a DataLoader's drop_last)")
         return Minibatch(self, inputs if isinstance(inputs, tuple) else (inputs,), targets, rows)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+CODE = ("configs", "data", "hydra_plugins", "models", "optimizers", "runners")  # what a run's numbers come from
 PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scipy", "scikit-learn", "pytorch-optimizer")
 
 
@@ -38,12 +39,12 @@ def anonymous(text: str) -> str:
 
 @functools.cache
 def _code() -> dict:
-    """The commit of the code in use and whether files differ from it; nulls outside a git checkout."""
+    """The commit of the code in use and whether files of it differ from that; nulls outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
-        return _output("git", "-C", str(Path(__file__).resolve().parent), *arguments)
+        return _output("git", "-C", str(Path(__file__).resolve().parents[1]), *arguments)
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *CODE)
     return {"commit": commit, "dirty": None if commit is None else bool(changes)}
 
 

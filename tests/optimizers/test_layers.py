@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from optimizers.layers import Trace, find_layers, frozen_statistics
 
@@ -52,6 +53,19 @@ def graph():
     return torch.randn(8, 5), ((adjacency + adjacency.T) / 8).to_sparse_csr()
 
 
+class Sage(nn.Module):
+    """Graph convolutions that are not linear in their parameters: outputs of length 1, a ReLU inside."""
+
+    def __init__(self):
+        super().__init__()
+        from torch_geometric.nn import SAGEConv
+
+        self.first, self.second = SAGEConv(5, 4, normalize=True), SAGEConv(4, 3, project=True)
+
+    def forward(self, x, adjacency):
+        return self.second(torch.relu(self.first(x, adjacency)), adjacency)
+
+
 NETWORKS = {
     "linear": (lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)), lambda: images(7, 4)),
     "sequence": (lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.LayerNorm(5)), lambda: images(7, 3, 4)),
@@ -79,6 +93,12 @@ NETWORKS = {
     "tied": (Tied, lambda: images(5, 6)),
     "own": (lambda: nn.Sequential(nn.Linear(6, 6), OwnRule()), lambda: images(5, 6)),
     "graph": (Graph, graph),
+    "bent graph": (Sage, graph),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Conv2d(2, 4, 3)), nn.Flatten(), weight_norm(nn.Linear(64, 3))),
+        lambda: images(5, 2, 6, 6),
+    ),
+    "spectral norm": (lambda: nn.Sequential(spectral_norm(nn.Linear(4, 5)).eval(), nn.Tanh()), lambda: images(7, 4)),
 }
 
 
@@ -152,6 +172,13 @@ def test_frozen_parameters_are_in_no_layer_and_partly_frozen_layers_work():
 def test_a_layer_that_returns_no_tensor_is_named():
     with pytest.raises(TypeError, match="layer '0' \\(LSTM\\) returns tuple"):
         trace(nn.Sequential(nn.LSTM(3, 4)), (torch.randn(2, 5, 3),))
+
+
+def test_a_layer_that_torch_cannot_differentiate_so_is_named():
+    model = nn.Sequential(nn.EmbeddingBag(9, 4))
+    captured = trace(model, (torch.randint(9, (5, 3)),))
+    with pytest.raises(TypeError, match="layer '0' \\(EmbeddingBag\\) has no derivative along a direction"):
+        captured.calls[0].tangent([torch.ones_like(model[0].weight)])
 
 
 def test_a_model_with_nothing_to_train_is_refused():
