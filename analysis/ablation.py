@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.records import Records, load
-from analysis.tables import number
+from analysis.tables import number, to_markdown
 
 
 def ablation(records: Records) -> pd.DataFrame:
@@ -48,12 +48,6 @@ def _optimizer(config: dict) -> dict:
     return {name: value for name, value in config["optimizer"].items() if name not in ("about", "search")}
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    shown = table.map(lambda value: number(value) if isinstance(value, float) else str(value))
-    lines = [shown.columns, ["---"] * len(shown.columns), *shown.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis.ablation", description="Table of an ablation.")
     parser.add_argument("root", type=Path, help="a results folder, such as results/ablation/own")
@@ -63,7 +57,7 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     table.to_csv(root / "ablation.csv", index=False, float_format="%.6g")
-    print(_markdown(table))
+    print(to_markdown(table.map(lambda value: number(value) if isinstance(value, float) else str(value))), end="")
 
 
 if __name__ == "__main__":

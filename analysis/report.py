@@ -272,6 +272,8 @@ def command(run) -> str:
     parts = [f"python -m runners.train task={run.task} optimizer={run.optimizer} seed={run.seed}"]
     profile = (run.config.get("profile") or {}).get("name")
     parts += [f"profile={profile}"] if profile else []
+    threads = run.config.get("threads")
+    parts += [f"threads={threads}"] if threads else []
     searched = [name for name in (run.config.get("optimizer") or {}).get("search") or {}]
     parts += [f"optimizer.{name}={run.config['optimizer'].get(name)}" for name in searched]
     return " ".join(parts + (["holdout=true"] if run.holdout else []))

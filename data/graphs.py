@@ -116,7 +116,7 @@ def stochastic_block_model(
 
 def _dataset(features: Tensor, edge_index: Tensor, labels: Tensor, rows: dict[str, Tensor], name: str) -> Dataset:
     features = features / features.sum(1, keepdim=True).clamp(min=torch.finfo(features.dtype).tiny)
-    inputs = (_sparse(features), normalised_adjacency(edge_index, len(features)))
+    inputs = (sparse(features), normalised_adjacency(edge_index, len(features)))
     splits = {split: Split(inputs, labels[nodes], nodes) for split, nodes in rows.items()}
     return Dataset(splits["train"], splits["test"], splits["validation"], None, None, name)
 
@@ -131,10 +131,11 @@ def normalised_adjacency(edge_index: Tensor, nodes: int) -> Tensor:
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
     index, weight = gcn_norm(edge_index, num_nodes=nodes)
-    return _sparse(torch.sparse_coo_tensor(index, weight, (nodes, nodes), check_invariants=True).coalesce())
+    return sparse(torch.sparse_coo_tensor(index, weight, (nodes, nodes), check_invariants=True).coalesce())
 
 
-def _sparse(matrix: Tensor) -> Tensor:
+def sparse(matrix: Tensor) -> Tensor:
+    """The matrix in compressed rows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         csr = matrix.to_sparse_csr()

@@ -27,8 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.batches import Dataset, Split
-from data.graphs import _sparse as sparse
-from data.graphs import normalised_adjacency
+from data.graphs import normalised_adjacency, sparse
 from runners.clock import Clock
 from runners.command import describe
 from runners.config import CONFIGS, ConfigError, check_callables, check_writable, definite_device, definite_threads
