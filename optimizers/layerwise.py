@@ -83,6 +83,12 @@ creeps for a hundred steps at a tenth of what is best; with a head start it grow
 b^{1−p_l}`` as well in the first ``settling`` ones. By default there is none, for deep autoencoders are the worse for
 it. (Later it would bring examples that are fitted to life again.)
 
+**A loss that rises.** At the edge the model promises nothing, and so cannot tell that steps are too long. Where they
+are, iterates jump about far up the walls of the valley, their gradients agree about the way down, and what had been
+noise counts as signal, by which trust grows and steps with it: on LeNet five times as long within fifty steps, at five
+times the loss. Only the losses tell. So while their average is above its own average step sizes do not grow but shrink,
+to ``1/brake`` of themselves at each measurement.
+
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
 length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as
 long as it has been; so no step is longer than ``stretch`` times the average of the layer's last ones. Weight decay,
@@ -115,6 +121,7 @@ symbol   argument          meaning
 ``τ_Σ``  ``joint_trust``   longest step of all layers, each relative to its weights, summed
 ``h``    ``head_start``    of the step size that trust allows, what one grows by as if it had it, until settled
 –        ``stretch``       longest step of a layer, relative to its last ones
+–        ``brake``         by how much step sizes shrink while the loss rises
 =======  ================  ==========================================================================================
 """
 
@@ -200,6 +207,7 @@ class Layerwise(LayeredOptimizer):
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from measurement to measurement, above 1.
         head_start: ``h`` ≥ 0.
+        brake: step sizes are divided by it at each measurement while the loss rises, at least 1; None: they may grow.
         stretch: a layer's longest step, relative to the mean of its last ones; above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
@@ -236,6 +244,7 @@ class Layerwise(LayeredOptimizer):
         caution: float,
         warmup: int,
         growth: float,
+        brake: float | None,
         stretch: float = 2.0,
         sigma: float = 2.0,
         averaging: float = 0.95,
@@ -256,6 +265,7 @@ class Layerwise(LayeredOptimizer):
         check(trust > 0, "trust", trust, "positive")
         check(warmup >= 1, "warmup", warmup, "at least 1")
         check(growth > 1, "growth", growth, "above 1")
+        check(brake is None or brake >= 1, "brake", brake, "at least 1 or None")
         check(head_start >= 0, "head_start", head_start, "at least 0")
         check(stretch > 1, "stretch", stretch, "above 1")
         check(every >= 1 and every == int(every), "every", every, "a whole number, at least 1")
@@ -269,7 +279,8 @@ class Layerwise(LayeredOptimizer):
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
             check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
         self.averaging, self.floor = averaging, floor
-        self.warmup, self.growth, self.head_start, self.stretch = warmup, growth, head_start, stretch
+        self.warmup, self.growth, self.brake = warmup, growth, brake
+        self.head_start, self.stretch = head_start, stretch
         self.every, self.settling, self.correct_every = every, settling, correct_every
         self.own, self.caution, self.share = own, caution, share
         self.trust, self.joint_trust = trust, joint_trust
@@ -433,7 +444,7 @@ class Layerwise(LayeredOptimizer):
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
         search["moved"] = search.get("moved", 0) + ((length > 0) & (search["resolved"] == 1)).to(length)
-        self._add(search, slope, q, per_length)
+        self._add(search, loss, slope, q, per_length)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
 
@@ -451,9 +462,11 @@ class Layerwise(LayeredOptimizer):
         with frozen_statistics(minibatch.objective.model):
             return sample, sample.trace(keep_outputs=False)
 
-    def _add(self, search: dict, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
+    def _add(self, search: dict, loss: Tensor, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
         """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
         search["measured"] += 1
+        self._average(search, "loss", loss)
+        self._average(search, "past_loss", search["loss"])
         self._average(search, "slope", slope * per_length)
         if curvature is None:
             search["skipped"] = True
@@ -532,12 +545,17 @@ class Layerwise(LayeredOptimizer):
         ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
         sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
         head_start = self.head_start * (search["measured"] <= self.settling)
-        grown = sizes + (self.growth - 1) * (sizes + head_start * longest.nan_to_num(posinf=0.0))
+        grown = self._pace(search) * sizes + (self.growth - 1) * head_start * longest.nan_to_num(posinf=0.0)
         # half the last ceiling at least: a step that fell to zero must be able to grow again
         ceiling = torch.maximum(grown, ceiling.nan_to_num(posinf=0.0) / 2)
         ceiling = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
         self._remember(search, "ceiling", ceiling)
         return sizes * search["resolved"]  # of this batch alone, so not remembered
+
+    def _pace(self, search: dict) -> Tensor:
+        """By what factor step sizes may grow, or have to shrink."""
+        growth = torch.full_like(search["loss"], self.growth)
+        return growth if self.brake is None else growth.where(search["loss"] <= search["past_loss"], 1 / self.brake)
 
     def _longest(self, norms: Tensor, signal: Signal, per_length: Tensor) -> Tensor:
         """The step sizes that ``τ`` allows."""

@@ -30,6 +30,7 @@ class LWAdamW(Layerwise):
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
         growth: see ``Layerwise``.
+        brake: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -44,13 +45,14 @@ class LWAdamW(Layerwise):
         caution: float = 2.0,
         warmup: int = 20,
         growth: float = 1.05,
+        brake: float | None = 1.05,
         **search,
     ) -> None:
         betas = tuple(betas)
         check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth}
+        search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:

@@ -30,6 +30,7 @@ class LWSGDm(Layerwise):
         caution: ``χ``; see ``Layerwise``.
         warmup: see ``Layerwise``.
         growth: see ``Layerwise``.
+        brake: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -44,12 +45,13 @@ class LWSGDm(Layerwise):
         caution: float = 1.5,
         warmup: int = 5,
         growth: float = 1.1,
+        brake: float | None = 1.1,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
         search |= {"trust": trust, "joint_trust": joint_trust, "own": own}
-        search |= {"caution": caution, "warmup": warmup, "growth": growth}
+        search |= {"caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:

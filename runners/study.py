@@ -1,15 +1,17 @@
 r"""Two experiments on the layer-wise rule itself, as tables under `<root>/study/`: they take seconds and no data set.
 
-**Linear convergence** of the idealised method: full batches, exact block curvature, no momentum, averages or caps. The
-paper's theorem is not to be had; what follows is derived here. Let `f` be quadratic with `μ ‖θ−θ*‖²`-strong convexity
-and `Λ = max_l λ_max(H_ll)` over its `L` layers. The method steps along `u = Σ_l α_l g_l`, `α_l = ρ_l / q_l`, `ρ_l =
-‖g_l‖²`, `q_l = g_lᵀ H_ll g_l`, by the factor `c = min(1, gᵀu / uᵀHu)`. With `S = gᵀu = Σ_l ρ_l² / q_l`:
+**Linear convergence** of the idealised method: full batches, exact block curvature, no momentum, averages or bounds.
+The paper's theorem is not to be had; what follows is derived here. Let `f` be quadratic, `μ` the least eigenvalue of
+its Hessian `H`, and `Λ = max_l λ_max(H_ll)` over its `L` layers. The method steps along `u = Σ_l α_l g_l`, `α_l = ρ_l /
+q_l`, `ρ_l = ‖g_l‖²`, `q_l = g_lᵀ H_ll g_l`, by the factor `c = gᵀu / uᵀHu` (with `η = 1`, for the model is the loss).
+With `S = gᵀu = Σ_l ρ_l² / q_l`:
 
-* `uᵀHu ≤ L Σ_l α_l² q_l = L S`, so `c ≥ 1/L`, and the step lowers `f` by at least `c S / 2 ≥ S / 2L`;
+* `uᵀHu ≤ L Σ_l α_l² q_l = L S`, so the step lowers `f` by `S² / (2 uᵀHu) ≥ S / 2L`;
 * `S ≥ ‖g‖² / Λ`, because `q_l ≤ Λ ρ_l`, and `‖g‖² ≥ 2 μ (f − f*)`;
 
 hence `f(θ⁺) − f* ≤ (1 − μ / (L Λ)) (f(θ) − f*)`. Beside least squares, where that is exact, there is logistic
-regression with a penalty, where it holds in the limit, with `μ` and `Λ` of the optimum.
+regression with a penalty, where it holds in the limit, with `μ` and `Λ` of the optimum (there `η`, never below 1
+without noise, tends to 1).
 
 **Curvature estimators** on the embedded tasks, after some training: every estimate of `q_l` along the gradient against
 the exact block of the same matrix on the same batch.
@@ -105,7 +107,8 @@ def _descend(likelihood, penalty: float, width: int, seed: int, steps: int) -> t
     )
     optimizer = LWSGDm(
         weights, momentum=0.0, sigma=1.0, averaging=0.0, floor=1.0, trust=1e30, joint_trust=None, warmup=1,
-        growth=1e30, share=1.0, curvature=curvature.ExactGaussNewton(),
+        growth=1e30, brake=None, stretch=1e30, correct_every=1, share=1.0,
+        curvature=curvature.ExactGaussNewton(),
     )  # fmt: skip
     losses = [float(optimizer.step(minibatch)) for _ in range(steps)]
     hessian = partial(_hessian, minibatch, weights)

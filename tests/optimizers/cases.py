@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "optimizer"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 # The layer-wise methods without the bounds on their steps, but for trust.
-UNBOUNDED = {"warmup": 1, "growth": 1e9, "stretch": 1e9, "joint_trust": None}
+UNBOUNDED = {"warmup": 1, "growth": 1e9, "brake": None, "stretch": 1e9, "joint_trust": None}
 
 # Settings that suit the two small problems here, where a method's published default is for larger ones.
 FOR_UNIT_CURVATURE = {

@@ -390,7 +390,14 @@ def test_bad_input(method):
         method(model[4].parameters()).step(small_objective(model)(*small_batch()))
     with pytest.raises(ValueError, match="no examples"):
         small_objective(model)(torch.randn(0, 6), torch.randint(3, (0,)))
-    for wrong in ({"sigma": 0.0}, {"averaging": 1.0}, {"every": 0}, {"growth": 1.0}, {"weight_decay": -1.0}):
+    for wrong in (
+        {"sigma": 0.0},
+        {"averaging": 1.0},
+        {"every": 0},
+        {"growth": 1.0},
+        {"brake": 0.9},
+        {"weight_decay": -1.0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             method(model.parameters(), **wrong)
 

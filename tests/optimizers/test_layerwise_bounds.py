@@ -120,6 +120,27 @@ def test_a_head_start_is_a_part_of_what_is_trusted(method, size):
 
 
 @BOTH
+@pytest.mark.parametrize("brake", [1.0, 1.2, None])
+def test_step_sizes_shrink_while_the_loss_rises(method, brake):
+    """The loss by itself decides: slope and curvature say that steps might be longer all the while."""
+    model, one = nn.Linear(6, 3), torch.ones(1)
+    optimizer = method(model.parameters(), averaging=0.5, trust=1e9, **UNBOUNDED | {"growth": 1.1, "brake": brake})
+    optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
+    search = optimizer._search
+    search |= {"slope": one, "noise": 0 * one, "curvature": 1e-9 * one.view(1, 1), "moved": one, "usual_length": one}
+    search |= {"measured": 100, "resolved": one, "loss": 5 * one[0], "past_loss": 5 * one[0], "ceiling": one}
+    factors = {}
+    for loss in (4.0, 3.0, 2.0, 6.0, 7.0, 8.0, 1.0, 0.0, -9.0, -99.0):
+        before = search["ceiling"]
+        optimizer._average(search, "loss", torch.tensor(loss))
+        optimizer._average(search, "past_loss", search["loss"])
+        optimizer._search_step_sizes(search, per_length=one)
+        factors[loss] = (search["ceiling"] / before).item()
+    rising = 1.1 if brake is None else 1 / brake
+    assert factors == pytest.approx({loss: rising if loss > 5 else 1.1 for loss in factors})
+
+
+@BOTH
 @pytest.mark.parametrize("stretch", [1.2, 2.0, 1e9])
 def test_a_steep_batch_stretches_the_step_no_further_than_its_bound(method, stretch):
     """A batch that is much steeper than those before it would be followed by a step thrice as long."""
