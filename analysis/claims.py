@@ -131,15 +131,20 @@ def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
 
 
 def each(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
-    """A row of every case that can be tested, and what the first of the others lacks."""
+    """A row of every case that can be tested, at least one, and what the first of the others lacks."""
+    rows, missing = _found(cases, row)
+    if not rows:
+        raise NotTestedError(missing)
+    return rows, missing
+
+
+def _found(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
     rows, missing = [], ""
     for case in cases:
         try:
             rows.append(row(*case))
         except NotTestedError as lack:
             missing = missing or str(lack)
-    if not rows:
-        raise NotTestedError(missing)
     return rows, missing
 
 
@@ -169,9 +174,11 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
     def judge(records: Records, claim: Claim, measure: str) -> Verdict:
         cases = [(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs]
         rows, missing = each(cases, lambda *case: comparison(records, measure, *case))
-        for row, p in zip(rows, statistics.holm([row["p_worse"] for row in rows]), strict=True):
-            row["p_holm"] = float(p)
-            row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
+        for pair in claim.pairs:  # Holm over the tasks
+            of_pair = [row for row in rows if (row["method"], row["rival"]) == pair]
+            for row, p in zip(of_pair, statistics.holm([row["p_worse"] for row in of_pair]), strict=True):
+                row["p_holm"] = float(p)
+                row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
         failing = "is not better" if better else "is worse by more than the margin"
         verdict = _all_hold(measure, rows, failing, missing=missing)
         weak = not better and verdict.verdict == REPRODUCED
@@ -204,7 +211,7 @@ COSTS = {"seconds_per_step": "time_ratio", "peak_memory_bytes": "memory_ratio"} 
 
 
 def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[Records, Claim], list[Verdict]]:
-    """The ratio of a per-step cost is at most `limit` on every task, or on every workload of the benchmark."""
+    """The ratio of a per-step cost is at most `limit` on every task and on every workload of the benchmark."""
 
     def judge(records: Records, claim: Claim) -> Verdict:
         rows, missing, where = _cost_rows(records, claim, column)
@@ -217,7 +224,8 @@ def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[
 
 
 def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict], str, str]:
-    """Costs relative to the rival's by task and pair; what is missing; where from: the runs, or else the benchmark.
+    """Costs relative to the rival's by task and pair, of the runs and of the benchmark; what is missing of the runs, if
+    it is of the benchmark, too; where from.
 
     Times count only where nothing else ran, in the runs (median over seeds) as in the benchmark (steps take turns).
     """
@@ -225,21 +233,14 @@ def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict
     def of_runs(task: str, method: str, rival: str) -> dict:
         return {"task": task, "method": method, "rival": rival} | _ratios(records, task, method, rival, columns)
 
-    try:
-        rows, missing = each([(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs], of_runs)
-    except NotTestedError as lack:
-        rows, missing = [], str(lack)
     workloads = [(device, name) for device, table in records.benches.items() for name in table.workload.unique()]
-    if missing and workloads:
-        steps = [(*workload, *pair) for workload in workloads for pair in claim.pairs]
-        try:
-            return *each(steps, lambda *step: _bench_row(records, *step, columns)), " of the benchmark"
-        except NotTestedError:
-            if not rows:
-                raise
-    if not rows:
+    steps = [(*workload, *pair) for workload in workloads for pair in claim.pairs]
+    rows, missing = _found([(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs], of_runs)
+    timed, untimed = _found(steps, lambda *step: _bench_row(records, *step, columns))
+    if not rows and not timed:
         raise NotTestedError(f"{missing}, and there is no benchmark (make bench)")
-    return rows, missing, ""
+    where = " of the runs and the benchmark" if rows and timed else " of the benchmark" if timed else ""
+    return [*rows, *timed], missing and (untimed if timed else missing), where
 
 
 def _ratios(records: Records, task: str, method: str, rival: str, columns: tuple[str, ...]) -> dict:
@@ -289,9 +290,12 @@ def linear_rate(records: Records, claim: Claim) -> list[Verdict]:
             raise NotTestedError("needs study/linear_convergence.csv: full-batch runs with exact block curvature")
         rows = []
         for (task, width, estimator), runs in data[data.gap > 0].groupby(["task", "width", "estimator"]):
-            fits = [scipy_stats.linregress(run.step, np.log(run.gap)) for _, run in runs.groupby("seed")]
+            seeds = [run for _, run in runs.groupby("seed")]
+            fits = [scipy_stats.linregress(run.step, np.log(run.gap)) for run in seeds]
+            factors, derived = [np.exp(fit.slope) for fit in fits], [run.rate_derived.iloc[0] for run in seeds]
+            nearest = int(np.argmax(np.subtract(factors, derived)))  # the seed that comes nearest to its limit
             row = {"task": f"{task}, width {width:g}, {estimator}", "method": "idealised", "n": len(fits)}
-            row |= {"ratio": float(np.exp(max(fit.slope for fit in fits))), "limit": float(runs.rate_derived.max())}
+            row |= {"ratio": float(factors[nearest]), "limit": float(derived[nearest])}
             row["r_squared"] = float(min(fit.rvalue**2 for fit in fits))
             rows.append(row | {"holds": row["ratio"] <= row["limit"] and row["r_squared"] >= LINE})
         return _all_hold("linear convergence", rows, "is slower than derived, or not linear,")
@@ -346,7 +350,10 @@ def mean_step_sizes(records: Records, run: str) -> pd.Series:
 
 
 def _schedule(records: Records, claim: Claim) -> Verdict:
-    """From their peak on, the step sizes fall like a schedule's: Spearman's correlation with time, Holm over all."""
+    """From their peak on, the step sizes fall like a schedule's: Spearman's correlation with time, Holm over all.
+
+    Step sizes of one run follow from one another, so p says how straight the fall is and not how sure it is.
+    """
     cases = [(task, method) for task in tasks_of(records, claim) for method in claim.methods]
     rows, missing = each(cases, partial(_fall, records))
     for row, p in zip(rows, statistics.holm([row["p"] for row in rows]), strict=True):
@@ -419,11 +426,11 @@ CLAIMS = (
     Claim("QN-1", "K-BFGS and K-BFGS(L) match or outperform KFAC and first-order methods on autoencoders", KBFGS_PAPER,
           ("kbfgs", "kbfgs_l"), ("kfac", "sgdm", "adam"), compared(better=False), families=("autoencoder",)),
     Claim("LS-1", "Layer-specific rates improve accuracy and time over SGD", "arXiv:1510.04609, abstract",
-          ("layer_specific",), ("sgd",), compared(better=True, equal_time=True)),
+          ("layer_specific",), ("sgdm",), compared(better=True, equal_time=True)),
     Claim("BM-1", "Back-matching rates improve over SGD", "arXiv:1802.09750, abstract",
-          ("back_matching",), ("sgd",), compared(better=True)),
+          ("back_matching",), ("sgdm",), compared(better=True)),
     Claim("AD-1", "The curvature along a direction costs (1.5 C, 2 M) or (2 C, 1 M)", "arXiv:2210.14520, abstract",
-          ("curvature_rescaling",), ("sgd",), rescaling_cost),
+          ("curvature_rescaling",), ("sgdm",), rescaling_cost),
     Claim("AD-2", "Curvature rescaling has two regimes, exploration and convergence", "arXiv:2210.14520, abstract",
           ("curvature_rescaling",), (), two_regimes),
 )  # fmt: skip
@@ -439,7 +446,8 @@ def judge(records: Records) -> list[dict]:
 
 
 def write(judged: list[dict], path: Path) -> None:
-    """Write `claims.json`: numbers that are not finite become null or the words "inf" and "-inf"."""
+    """Write `claims.json`: numbers that are not finite become null or the words "inf" and "-inf"; of the others twelve
+    digits, for those behind them are the processor's."""
     path.write_text(json.dumps(_plain(judged), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -450,5 +458,7 @@ def _plain(value):
         return [_plain(item) for item in value]
     if isinstance(value, float | np.floating):
         value = float(value)
-        return value if np.isfinite(value) else None if np.isnan(value) else "inf" if value > 0 else "-inf"
+        if np.isfinite(value):
+            return float(f"{value:.12g}")
+        return None if np.isnan(value) else "inf" if value > 0 else "-inf"
     return bool(value) if isinstance(value, np.bool_) else int(value) if isinstance(value, np.integer) else value

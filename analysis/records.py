@@ -2,8 +2,8 @@
 
 A record is a folder `<task>/<optimizer>/<hash>/` with `summary.json`, `metrics.csv`, `config.yaml` and, for methods
 with per-layer step sizes, `layers.csv`; of a task also packed (`analysis.packed`). Only files are read, never project
-code, so that records of another machine or another version of the harness can be analysed too. What cannot be read is
-listed with its reason, never fatal.
+code, so that records of another machine or another version of the harness can be analysed too; which tasks and seeds a
+profile asks for stands in `configs/profile/`. What cannot be read is listed with its reason, never fatal.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import yaml
 from analysis.packed import unpack
 
 RECORD_VERSION = 1
+PROFILES = Path(__file__).parents[1] / "configs" / "profile"
 AXES = ("epoch", "train_seconds", "gradient_equivalents", "step")
 VALUES = ("train_loss", "val_loss", "test_loss", "val_metric", "test_metric")
 FLAT = (
@@ -84,26 +85,27 @@ class Records:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Tasks in the profile's order, then any other task that has final runs."""
+        """All tasks of the profile, whichever of them were run, in its order; then any other that has final runs."""
         declared = [task for profile in self._profiles for task in profile.get("tasks") or []]
         return list(dict.fromkeys([*declared, *sorted(self.finals.task.unique())]))
 
     def seeds(self, task: str) -> int:
         """Number of seeds that the profile asks of a task; without a profile, the most that any method has."""
-        for profile in self._profiles:
-            seeds = profile.get("seeds")
-            if isinstance(seeds, dict):
-                seeds = seeds.get(task, seeds.get("default"))
-            if seeds:
-                return int(seeds)
+        asked = [p.get("seeds") or 0 for p in self._profiles]
+        asked = [int(s.get(task, s.get("default", 0)) if isinstance(s, dict) else s) for s in asked]
+        if any(asked):
+            return max(asked)
         counts = self.finals[self.finals.task == task].groupby("optimizer").seed.nunique()
         return int(counts.max()) if len(counts) else 0
 
     @cached_property
     def _profiles(self) -> list[dict]:
+        """The profiles that the final runs were made with, as declared: a run's config holds them as the command line
+        left them, with fewer tasks perhaps, and a claim is not the smaller for that."""
         finals = self.runs[~self.runs.holdout]
-        profiles = {json.dumps(p, sort_keys=True): p for c in finals.config if isinstance(p := c.get("profile"), dict)}
-        return [profiles[key] for key in sorted(profiles)]
+        used = {json.dumps(p, sort_keys=True): p for c in finals.config if isinstance(p := c.get("profile"), dict)}
+        declared = [_declared(used[key]) for key in sorted(used)]
+        return [profile for i, profile in enumerate(declared) if profile not in declared[:i]]
 
     @cached_property
     def curves_by_run(self) -> dict[str, pd.DataFrame]:
@@ -175,6 +177,12 @@ def load(root: Path | str) -> Records:
     curves = _curves_table([row["run"] for row in rows], tables)
     skipped = pd.DataFrame(skipped, columns=["folder", "reason"])
     return Records(root, folder, unpacked, runs, curves, trials, tunings, skipped, _warnings(runs))
+
+
+def _declared(profile: dict) -> dict:
+    """The project's file of that profile; of one that has none (made by hand, or since removed) what the run says."""
+    path = PROFILES / f"{profile.get('name')}.yaml"
+    return (yaml.safe_load(path.read_text()) or profile) if path.is_file() else profile
 
 
 def _runs_folder(root: Path) -> Path:
@@ -295,8 +303,9 @@ def _read_tunings(root: Path, skipped: list[dict]) -> tuple[pd.DataFrame, pd.Dat
 def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
     """Which runs belong to the settings that stand for their method on their task.
 
-    A root may hold older settings of a method (a search repeated with more trials, a rate set by hand). The settings
-    that the present search selected come first, then the most seeds, then the newest.
+    A root may hold older settings of a method (a search repeated with more trials, a rate set by hand, a method or task
+    of an earlier version). The settings that the present search selected come first, then the latest versions, then the
+    most seeds, then the newest.
     """
     selected = {(t.task, t.optimizer): (t.selected, t.trials) for t in tunings.itertuples()}
     current = np.zeros(len(runs), dtype=bool)
@@ -307,7 +316,7 @@ def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
             rows = group[group.variant == variant]
             tuning = rows.tuning.iloc[0]
             tuned = (tuning.get("selected"), tuning.get("trials")) == selected.get(key, (None, None))
-            return tuned, rows.seed.nunique(), str(rows.created.max()), variant
+            return tuned, _versions(rows.config.iloc[0]), rows.seed.nunique(), str(rows.created.max()), variant
 
         best = max(group.variant.unique(), key=rank)
         current[group.index[group.variant == best]] = True
@@ -316,6 +325,12 @@ def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
     newest = finals[current[finals.index]].sort_values("created", kind="stable")
     current[newest.index[newest.duplicated(["task", "optimizer", "seed"], keep="last")]] = False
     return current
+
+
+def _versions(config: dict) -> tuple[int, int]:
+    """Versions of the task and of the method; 0 where a config states none."""
+    task, about = config.get("task"), (config.get("optimizer") or {}).get("about")
+    return tuple(int(part.get("version") or 0) if isinstance(part, dict) else 0 for part in (task, about))
 
 
 def _warnings(runs: pd.DataFrame) -> list[str]:

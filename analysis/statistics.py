@@ -1,7 +1,7 @@
 """The protocol's statistics: paired comparisons, costs to a target, performance profiles, searches.
 
-Values are losses (smaller is better) unless `larger=True`. A diverged run is a miss: an infinite cost, a lost
-comparison, an infinitely bad trial. It is never dropped and never given an invented value.
+Values are losses (smaller is better) unless `larger=True`. A diverged run is a miss: an infinite cost, an infinite loss
+in a comparison, an infinitely bad trial. It is never given an invented value.
 """
 
 from __future__ import annotations
@@ -46,25 +46,24 @@ class Comparison:
 def compare(ours, theirs, margin: float = 0.0, larger: bool = False) -> Comparison:
     """Compare paired values; nan or infinity stands for a diverged run.
 
-    A pair where ours diverged is lost without measure: it is then found worse, with p = 0. Pairs where the rival alone
-    diverged are won without measure: the test goes on with the others (without any other, p = 1).
+    A run that diverged is infinitely bad, so whoever diverged on more of the seeds is worse, by infinity and with
+    p = 0, whatever the other seeds say. Where both diverged equally often that says nothing, and the seeds on which
+    neither did decide (without any, nothing tells the two apart).
     """
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
         raise ValueError(f"a paired comparison needs two equally long lists of at least 2 values, not {ours.shape}")
-    lost = ~np.isfinite(ours)
-    won = ~np.isfinite(theirs) & ~lost
-    measured = ~lost & ~won
-    excess = (theirs - ours if larger else ours - theirs)[measured]  # positive is worse
-    p_worse = 0.0 if lost.any() else t_test(excess, margin)
-    p_better = 1.0 if lost.any() else t_test(-excess, 0.0) if measured.any() else 0.0
-    low, high = bootstrap_interval(excess)
+    lost, won = ~np.isfinite(ours), ~np.isfinite(theirs)
+    excess = (theirs - ours if larger else ours - theirs)[~lost & ~won]  # positive is worse
+    p_worse, p_better = t_test(excess, margin), t_test(-excess)
     mean = excess.mean() if len(excess) else 0.0
-    if lost.any():
-        mean = high = np.inf
-    elif won.any():
-        mean = low = -np.inf
-        high = high if measured.any() else -np.inf
+    low, high = bootstrap_interval(excess)
+    if lost.sum() > won.sum():
+        p_worse, p_better, mean, high = 0.0, 1.0, np.inf, np.inf
+        low = low if len(excess) else np.inf
+    elif won.sum() > lost.sum():
+        p_worse, p_better, mean, low = 1.0, 0.0, -np.inf, -np.inf
+        high = high if len(excess) else -np.inf
     better = bool(high < 0)
     if larger:
         mean, low, high = -mean, -high, -low

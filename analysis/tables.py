@@ -16,6 +16,7 @@ from analysis.style import order
 
 BASE = "sgdm"  # the method whose cost is 1 and whose tuned result is the target
 COSTS = ("train_seconds", "gradient_equivalents", "step")
+DIGITS = "%.12g"  # those behind them are the processor's
 
 
 @lru_cache(maxsize=64)
@@ -257,7 +258,7 @@ def write(records: Records, judged: list[dict], folder: Path) -> pd.DataFrame:
     table, chosen, costs = results(records), settings(records), costs_to_target(records)
     runs = records.runs.drop(columns=["config", "tuning", "versions"])
     for name, data in (("results", table), ("settings", chosen), ("costs_to_target", costs), ("runs", runs)):
-        data.to_csv(folder / f"{name}.csv", index=False)
+        data.to_csv(folder / f"{name}.csv", index=False, float_format=DIGITS)
     _write_shown(folder, "claims", claims_table(judged), "lp{4cm}lp{2cm}p{5cm}", long=True)
     if len(table):
         shown = shown_results(table)
@@ -276,4 +277,4 @@ def _write_shown(
     (folder / f"{name}.tex").write_text(to_latex(table, columns, long))
     (folder / f"{name}.md").write_text(to_markdown(table))
     if csv:
-        table.to_csv(folder / f"{name}.csv", index=False)
+        table.to_csv(folder / f"{name}.csv", index=False, float_format=DIGITS)

@@ -4,9 +4,11 @@ import filecmp
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from make_records import HERE, METHODS, Planted, write_committed, write_records, write_run
 
 from analysis.records import AXES, VALUES, load
@@ -113,6 +115,29 @@ def test_settings_that_the_search_no_longer_selects_are_set_aside(tmp_path):
     kept = records.finals[records.finals.optimizer == "sgdm"]
     assert len(kept) == 2 and {config["optimizer"]["lr"] for config in kept.config} == {0.1}
     assert records.warnings == [f"{TASK}: 5 runs of sgdm with other settings are set aside"]
+
+
+def test_a_later_version_comes_before_more_seeds_of_an_earlier_one(tmp_path):
+    write_records(tmp_path, tasks=[TASK], methods={"sgdm": METHODS["sgdm"]}, seeds=3, trials=0)
+    for seed in range(2):
+        folder = tmp_path / "runs" / write_run(tmp_path, TASK, "sgdm", seed, METHODS["sgdm"], values={"lr": 0.2})
+        config = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(config.replace("version: 1", "version: 2"))
+    kept = load(tmp_path).finals
+    assert [config["optimizer"]["about"]["version"] for config in kept.config] == [2, 2]
+
+
+def test_a_profile_asks_for_its_tasks_and_seeds_whichever_were_run(tmp_path):
+    few = {"name": "cpu", "tasks": ["gcn_cora"], "seeds": 2}  # as the command line left it
+    write_run(tmp_path, "gcn_cora", "sgdm", 0, METHODS["sgdm"], profile=few, family="gcn")
+    declared = yaml.safe_load((Path(__file__).parents[2] / "configs" / "profile" / "cpu.yaml").read_text())
+    records = load(tmp_path)
+    assert records.tasks == declared["tasks"]
+    assert [records.seeds(task) for task in ("gcn_cora", "autoencoder_mnist")] == [10, declared["seeds"]["default"]]
+    own = {"name": "mine", "tasks": ["cnn_digits"], "seeds": {"default": 4}}  # in no file of the project
+    write_run(tmp_path, "cnn_digits", "sgdm", 0, METHODS["sgdm"], profile=own)
+    both = load(tmp_path)
+    assert both.tasks == [*declared["tasks"], "cnn_digits"] and both.seeds("cnn_digits") == 4
 
 
 def test_a_plain_results_folder_without_profile_is_read(tmp_path, planted):

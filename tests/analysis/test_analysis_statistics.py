@@ -47,10 +47,22 @@ def test_diverged_runs_lose_and_win():
     assert won.better and won.difference == -inf and won.low == -inf and won.p_worse > 0.9
     walkover = statistics.compare([1.0, 1.1], [nan, nan])
     assert walkover.better and walkover.p_worse == 1.0 and walkover.p_better == 0.0
-    both = statistics.compare([nan, 1.0], [nan, 2.0])
-    assert both.p_worse == 0.0 and not both.better
+    # both diverged on one seed: the others decide
+    both = statistics.compare([nan, 1.0, 1.1], [nan, 2.0, 2.2])
+    assert both.better and both.p_worse > 0.9 and both.difference == pytest.approx(-1.05)
+    neither = statistics.compare([nan, nan], [nan, nan])
+    assert neither.p_worse == neither.p_better == 1.0 and not neither.better and neither.difference == 0.0
     accuracy = statistics.compare([0.9, nan], [0.5, 0.5], larger=True)
     assert accuracy.p_worse == 0.0 and accuracy.difference == -inf and not accuracy.better
+
+
+@pytest.mark.parametrize("ours", [[1.0, 1.4, 2.0], [nan, 1.4, 2.0], [nan, nan, 2.0], [nan, nan, nan]])
+@pytest.mark.parametrize("theirs", [[1.1, 1.2, 2.5], [1.1, nan, 2.5], [nan, nan, 2.5], [nan, nan, nan]])
+def test_comparison_does_not_depend_on_who_is_ours(ours, theirs):
+    one, other = statistics.compare(ours, theirs), statistics.compare(theirs, ours)
+    assert (one.p_worse, one.p_better) == (other.p_better, other.p_worse)
+    assert one.difference == pytest.approx(-other.difference)
+    assert not (one.p_worse < 0.05 and other.p_worse < 0.05)
 
 
 @pytest.mark.parametrize("ours, theirs", [([1.0], [1.0]), ([1.0, 2.0], [1.0])])
