@@ -29,7 +29,12 @@ class Bernoulli:
     metric_mode = "min"
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each example, `(m,)`."""
+        """Negative log-likelihood of each example, `(m,)`.
+
+        Raises:
+            ValueError: outputs and targets differ in shape.
+        """
+        _check_shapes(self, outputs, targets, targets.shape == outputs.shape, "targets of the outputs' shape")
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -63,7 +68,13 @@ class Categorical:
     metric_mode = "max"
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each example, `(m,)`."""
+        """Negative log-likelihood of each example, `(m,)`.
+
+        Raises:
+            ValueError: outputs other than `(m, C)`, or targets other than `(m,)`.
+        """
+        fits = outputs.dim() == 2 and targets.shape == outputs.shape[:1]
+        _check_shapes(self, outputs, targets, fits, "outputs (m, C) and targets (m,), one label an example")
         return F.cross_entropy(outputs, targets, reduction="none")
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -97,7 +108,12 @@ class Gaussian:
     metric_mode = "min"
 
     def nll(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each example, `(m,)`."""
+        """Negative log-likelihood of each example, `(m,)`.
+
+        Raises:
+            ValueError: outputs and targets differ in shape.
+        """
+        _check_shapes(self, outputs, targets, targets.shape == outputs.shape, "targets of the outputs' shape")
         return self.metric(outputs, targets) / 2
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -153,6 +169,13 @@ class Scaled:
     def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """`factor · ∂²ℓ/∂z² v`."""
         return self.factor * self.likelihood.hessian_product(outputs, v)
+
+
+def _check_shapes(likelihood, outputs: Tensor, targets: Tensor, fit: bool, wanted: str) -> None:
+    """Refuse what torch would broadcast, or would fail at in words of its own."""
+    if not fit:
+        name, shapes = type(likelihood).__name__, f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"{name} needs {wanted}; the shapes are {shapes}")
 
 
 def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -144,12 +144,10 @@ class BackMatching(LayeredOptimizer):
         rates["rate"] = torch.where(product > 0, 1 / product, 0)  # no signal reaches the layer: nor does a gradient
 
     def _move(self, p: Tensor, rate: Tensor) -> None:
-        group, state = self.group(p), self.state[p]
+        group = self.group(p)
         step = group["lr"] * rate * self.decayed_gradient(p)
         if group["momentum"]:
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            step = state["momentum_buffer"].mul_(group["momentum"]).add_(step)
+            step = self.buffer(p).mul_(group["momentum"]).add_(step)
         p.sub_(step)
 
 

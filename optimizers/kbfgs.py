@@ -225,10 +225,7 @@ class KBFGS(LayeredOptimizer):
             self.move(p, direction)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"].lerp_(p.grad, 1 - self.group(p)["momentum"])
+        return self.buffer(p).lerp_(p.grad, 1 - self.group(p)["momentum"])
 
     def _update_g_of(self, block: Block, size: int, before: list, after: list, past: float) -> None:
         """Steps 3 to 5 for one layer; ``before``, ``after``: means of ``ā``, ``z`` and ``∂(mean loss)/∂z``."""

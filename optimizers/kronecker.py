@@ -260,13 +260,8 @@ class Kronecker(LayeredOptimizer):
             self.move(p, direction)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        state["momentum_buffer"].mul_(self.group(p)["momentum"])
-        if p.grad is not None:
-            state["momentum_buffer"].add_(p.grad)
-        return state["momentum_buffer"]
+        momentum = self.buffer(p).mul_(self.group(p)["momentum"])
+        return momentum if p.grad is None else momentum.add_(p.grad)
 
 
 def damped_power(stack: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,11 +94,9 @@ class LayerSpecificSGD(LayerSpecific):
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
 
     def _move(self, p: Tensor, g: Tensor, rate: Tensor) -> None:
-        group, state, step = self.group(p), self.state[p], rate * g
+        group, step = self.group(p), rate * g
         if group["momentum"]:
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            v = state["momentum_buffer"].mul_(group["momentum"]).add_(step)
+            v = self.buffer(p).mul_(group["momentum"]).add_(step)
             step = step.add_(v, alpha=group["momentum"]) if group["nesterov"] else v
         p.sub_(step)
 
@@ -118,8 +116,5 @@ class LayerSpecificAdaGrad(LayerSpecific):
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def _move(self, p: Tensor, g: Tensor, rate: Tensor) -> None:
-        state = self.state[p]
-        if "sum" not in state:
-            state["sum"] = torch.zeros_like(p)
-        state["sum"].addcmul_(g, g)
-        p.sub_(rate * g / (state["sum"].sqrt() + self.group(p)["eps"]))
+        squares = self.buffer(p, "sum").addcmul_(g, g)
+        p.sub_(rate * g / (squares.sqrt() + self.group(p)["eps"]))

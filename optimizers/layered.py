@@ -90,6 +90,13 @@ class LayeredOptimizer(torch.optim.Optimizer):
         """The parameter group that holds a parameter."""
         return self._group_of[parameter]
 
+    def buffer(self, parameter: Tensor, name: str = "momentum_buffer") -> Tensor:
+        """What the optimizer keeps of a parameter under that name, of its shape; zero until something is added."""
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros_like(parameter)
+        return state[name]
+
     def decayed_gradient(self, parameter: Tensor) -> Tensor:
         """``g + w θ``: the gradient of the loss plus ``½ w ‖θ‖²``."""
         decay = self.group(parameter)["weight_decay"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from optimizers.layered import check
@@ -55,10 +54,7 @@ class LWSGDm(Layerwise):
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
-        group, state = self.group(parameter), self.state[parameter]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg"].lerp_(parameter.grad, 1 - group["momentum"])
+        self.buffer(parameter, "exp_avg").lerp_(parameter.grad, 1 - self.group(parameter)["momentum"])
 
     def _direction(self, parameter: Tensor) -> Tensor:
         return self.state[parameter]["exp_avg"]

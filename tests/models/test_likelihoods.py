@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,21 @@ def test_scaling_leaves_the_metric_alone(outputs):
     assert torch.equal(scaled.metric(outputs, y), Bernoulli().metric(outputs, y))
     with pytest.raises(ValueError, match="factor is 0"):
         Scaled(Bernoulli(), 0)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets"),
+    [
+        (Gaussian(), (4, 1), (4,)),  # would broadcast to (4, 4)
+        (Bernoulli(), (4, 3), (4, 1)),
+        (Scaled(Gaussian(), 2.0), (4, 1), (4,)),
+        (Categorical(), (4, 8, 10), (4, 8)),
+        (Categorical(), (4, 10), (3,)),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_with_both_shapes(likelihood, outputs, targets):
+    with pytest.raises(ValueError, match=re.escape(f"the shapes are {outputs} and {targets}")):
+        likelihood.nll(torch.zeros(outputs), torch.zeros(targets))
 
 
 def test_extreme_logits_stay_finite():
