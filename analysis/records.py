@@ -146,6 +146,12 @@ class Records:
         tables = {path.parent.name: pd.read_csv(path) for path in paths}
         return {device: table[table.time_ratio.notna()] for device, table in tables.items()}
 
+    @cached_property
+    def ablations(self) -> dict[str, pd.DataFrame]:
+        """Tables of `analysis.ablation` by what they vary, from `ablation/<name>/ablation.csv` beside the root."""
+        paths = sorted(self.root.resolve().parent.glob("ablation/*/ablation.csv"))
+        return {path.parent.name: pd.read_csv(path) for path in paths}
+
 
 def load(root: Path | str) -> Records:
     """Read all records under `root` (`<root>/runs/` where there is one) and the searches in `<root>/tuning/`.

@@ -19,12 +19,14 @@ from analysis.report import build, replace_folder
 
 RECORD = ("summary.json", "config.yaml", "metrics.csv", "layers.csv")
 KEPT = (*(f"runs/*/*/*/{name}" for name in RECORD), "tuning/*/*.json", "study/*.csv")
+BESIDE = ("bench/*/*.csv", "ablation/*/ablation.csv")
 
 
 def keep(source: Path, target: Path) -> Path:
     """Replace `target` by the finished and diverged runs under `source`, with a report; returns its `index.html`.
 
-    `target` is put in place whole. Benchmarks, which belong to no profile, go to `bench/` beside it.
+    `target` is put in place whole. Benchmarks and ablations, which belong to no profile, go to `bench/` and `ablation/`
+    beside it.
 
     Args:
         source: a results folder, such as `results/cpu`.
@@ -48,7 +50,7 @@ def keep(source: Path, target: Path) -> Path:
         for task in sorted((fresh / "runs").iterdir()):
             pack(task, task.with_name(task.name + SUFFIX))
             shutil.rmtree(task)
-        for path in source.parent.glob("bench/*/*.csv"):
+        for path in (path for pattern in BESIDE for path in source.parent.glob(pattern)):
             _copy(path, target.parent / path.relative_to(source.parent))
         replace_folder(target, fresh)
     finally:

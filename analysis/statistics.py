@@ -192,14 +192,14 @@ def best_of_k(scores, values, larger: bool = False) -> tuple[np.ndarray, np.ndar
     return quartiles[0], quartiles[1], quartiles[2]
 
 
-def near_best(values, larger: bool = False, within: float = 0.1) -> np.ndarray:
+def near_best(values, larger: bool = False) -> np.ndarray:
     """Which values are within 10 % of the best; never a diverged one."""
     values = np.asarray(values, float)
     finite = np.isfinite(values)
     if not finite.any():
         return finite
     best = values[finite].max() if larger else values[finite].min()
-    limit = within * abs(best)
+    limit = 0.1 * abs(best)
     return finite & ((values >= best - limit) if larger else (values <= best + limit))
 
 

@@ -170,16 +170,29 @@ def test_differences_that_few_seeds_cannot_resolve_are_told(tmp_path):
     assert judged["LW-1"]["verdicts"][1]["caveat"] == ""
 
 
-def test_insensitivity_needs_two_decades_of_one_field(tmp_path):
-    profile = {"name": "test", "tasks": ["gcn_sbm"], "seeds": 2}
-    for method in ("lw_sgdm", "lw_adamw"):
-        for rate, final in ((0.01, 0.30), (0.1, 0.29), (1.0, 0.31)):
-            for seed in range(2):
-                write_run(tmp_path, "gcn_sbm", method, seed, Planted(final=final), values={"lr": rate}, profile=profile)
-    assert verdicts(tmp_path)["LW-6", "insensitivity"] == YES
-    for seed in range(2):
-        write_run(tmp_path, "gcn_sbm", "lw_sgdm", seed, Planted(final=0.9), values={"lr": 10.0}, profile=profile)
-    assert verdicts(tmp_path)["LW-6", "insensitivity"] == NO
+def ablation(root, name, losses, diverged=0):
+    """An ablation of LW-SGDm on one task: final training losses by the value of a setting."""
+    folder = root.parent / "ablation" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"task,optimizer,{name},n,diverged,train_loss_mean"]
+    rows += [f"gcn_sbm,lw_sgdm,{value},3,{diverged},{loss}" for value, loss in losses.items()]
+    (folder / "ablation.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_insensitivity_needs_two_decades_of_one_setting(tmp_path):
+    root = planted(tmp_path / "quick", {"lw_sgdm": Planted()}, tasks=["gcn_sbm"])
+    key = ("LW-6", "insensitivity")
+    ablation(root, "sigma", {0.5: 0.9, 2: 0.1})
+    ablation(root, "joint_trust", {0: 0.9, "null": 0.1})
+    assert verdicts(root)[key] == UNTESTED
+    ablation(root, "trust", {0.001: 0.30, 0.01: 0.31, 0.1: 0.32})
+    assert verdicts(root)[key] == YES
+    ablation(root, "trust", {0.001: 0.011, 0.01: 0.002, 0.1: 0.001})
+    assert verdicts(root)[key] == YES  # within the protocol's floor
+    ablation(root, "trust", {0.001: 0.36, 0.01: 0.31, 0.1: 0.32})
+    assert verdicts(root)[key] == NO
+    ablation(root, "trust", {0.001: 0.30, 0.01: 0.30, 0.1: 0.30}, diverged=1)
+    assert verdicts(root)[key] == NO
 
 
 @pytest.fixture

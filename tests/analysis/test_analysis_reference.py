@@ -22,8 +22,10 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
     (run / "checkpoint-100.pt").write_bytes(b"weights")
     (run / "layers.csv").write_text("step,epoch,layer,quantity,value\n0,0.0,fc,raised_dampings,1.0\n")
     stepped = next((source / "runs").glob("gcn_sbm/lw_sgdm/*/layers.csv"))
-    (source.parent / "bench" / "cpu").mkdir(parents=True)
-    (source.parent / "bench" / "cpu" / "context.csv").write_text("device\n")
+    beside = [Path("bench", "cpu", "context.csv"), Path("ablation", "trust", "ablation.csv")]
+    for path in beside:
+        (source.parent / path).parent.mkdir(parents=True)
+        (source.parent / path).write_text("task,optimizer,trust,n,diverged,train_loss_mean\n")
     (target / "runs").mkdir(parents=True)
     (target / "runs" / "of an earlier day").touch()
 
@@ -38,8 +40,8 @@ def test_settled_records_are_kept_and_nothing_else(tmp_path):
         assert (kept / stepped.relative_to(source / "runs")).read_bytes() == stepped.read_bytes()
         assert not list(kept.rglob("checkpoint*"))
         assert not (kept / failed).exists()
-    assert (target.parent / "bench" / "cpu" / "context.csv").exists()
-    assert sorted(path.name for path in target.parent.iterdir()) == ["bench", "test"]
+    assert all((target.parent / path).exists() for path in beside)
+    assert sorted(path.name for path in target.parent.iterdir()) == ["ablation", "bench", "test"]
 
 
 def test_packed_records_are_read_like_others_and_packed_again_to_the_same_bytes(tmp_path):
@@ -80,8 +82,8 @@ def test_a_folder_without_runs_replaces_nothing(tmp_path):
 def test_committed_tables_are_those_of_the_committed_records(folder, tmp_path):
     root = tmp_path / "reference" / folder.name
     shutil.copytree(folder, root, ignore=shutil.ignore_patterns("report"))
-    if (folder.parent / "bench").exists():
-        shutil.copytree(folder.parent / "bench", root.parent / "bench")
+    for beside in ("bench", "ablation"):
+        shutil.copytree(folder.parent / beside, root.parent / beside)
     rebuilt = report.build(root).parent
     for path in [*sorted((folder / "report" / "tables").glob("*.csv")), folder / "report" / "claims.json"]:
         assert path.read_text() == (rebuilt / path.relative_to(folder / "report")).read_text(), path.name
