@@ -86,8 +86,10 @@ it. (Later it would bring examples that are fitted to life again.)
 **A loss that rises.** At the edge the model promises nothing, and so cannot tell that steps are too long. Where they
 are, iterates jump about far up the walls of the valley, their gradients agree about the way down, and what had been
 noise counts as signal, by which trust grows and steps with it: on LeNet five times as long within fifty steps, at five
-times the loss. Only the losses tell. So while their average is above its own average step sizes do not grow but shrink,
-to ``1/brake`` of themselves at each measurement.
+times the loss. Only the losses tell. So step sizes grow at each measurement by ``growth^(1−r) / brake^r``, with ``r``
+in [0, 1] the rise of their average above its own average, in standard deviations of what noise alone makes of it: at
+``r = 1`` they shrink to ``1/brake`` of themselves. Without that measure, with ``r = 1`` at any rise, the noise of small
+batches, which is a rise half of the time, takes step sizes down for good.
 
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
 length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as
@@ -207,7 +209,8 @@ class Layerwise(LayeredOptimizer):
         warmup: the first steps, at most ``1/warmup`` as long; at least 1.
         growth: largest growth of a step size from measurement to measurement, above 1.
         head_start: ``h`` ≥ 0.
-        brake: step sizes are divided by it at each measurement while the loss rises, at least 1; None: they may grow.
+        brake: step sizes are divided by it at each measurement while the loss rises beyond its noise, at least 1; None:
+            they may grow.
         stretch: a layer's longest step, relative to the mean of its last ones; above 1.
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
@@ -465,14 +468,29 @@ class Layerwise(LayeredOptimizer):
     def _add(self, search: dict, loss: Tensor, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
         """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
         search["measured"] += 1
-        self._average(search, "loss", loss)
-        self._average(search, "past_loss", search["loss"])
+        self._add_loss(search, loss)
         self._average(search, "slope", slope * per_length)
         if curvature is None:
             search["skipped"] = True
         else:
             count = 2 if search.pop("skipped", False) else 1
             self._average(search, "curvature", curvature * torch.outer(per_length, per_length), count)
+
+    def _add_loss(self, search: dict, loss: Tensor) -> None:
+        """The average loss, that average's own average, and how far single losses are from it."""
+        self._average(search, "loss_deviation", (loss - search.get("loss", loss)).abs())
+        self._average(search, "loss", loss)
+        self._average(search, "past_loss", search["loss"])
+
+    def _rise(self, search: dict) -> Tensor:
+        """How far the average loss is above its own average, in standard deviations of what noise makes of that.
+
+        With weight ``β`` on the past the two averages of independent losses of variance ``v`` differ by a variance of
+        ``(1−β) v / 4``, to first order in ``1−β``. Of few examples single losses have heavy tails, so ``v`` is by the
+        mean deviation: ``√(π/2)`` of it is a normal law's standard deviation.
+        """
+        noise = (math.pi / 8 * (1 - self._past(search))) ** 0.5 * search["loss_deviation"]
+        return (search["loss"] - search["past_loss"]) / noise.clamp_min(torch.finfo(noise.dtype).tiny)
 
     def _see_gradients(
         self, minibatch: Minibatch, trace: Trace, retain_graph: bool
@@ -521,7 +539,8 @@ class Layerwise(LayeredOptimizer):
         if "along_step" not in search:
             return torch.ones_like(share)
         seen, modelled = search["along_step"]
-        return torch.maximum(seen / modelled.clamp_min(torch.finfo(seen.dtype).tiny), share)
+        tiny = torch.finfo(seen.dtype).tiny  # where no slope is signal, and the loss bends down, no step is 0/0 long
+        return torch.maximum(seen / modelled.clamp_min(tiny), share).clamp_min(tiny)
 
     def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
         """The module's formulas."""
@@ -555,7 +574,10 @@ class Layerwise(LayeredOptimizer):
     def _pace(self, search: dict) -> Tensor:
         """By what factor step sizes may grow, or have to shrink."""
         growth = torch.full_like(search["loss"], self.growth)
-        return growth if self.brake is None else growth.where(search["loss"] <= search["past_loss"], 1 / self.brake)
+        if self.brake is None:
+            return growth
+        risen = self._rise(search).clamp(0, 1)
+        return growth ** (1 - risen) / self.brake**risen
 
     def _longest(self, norms: Tensor, signal: Signal, per_length: Tensor) -> Tensor:
         """The step sizes that ``τ`` allows."""

@@ -122,22 +122,46 @@ def test_a_head_start_is_a_part_of_what_is_trusted(method, size):
 @BOTH
 @pytest.mark.parametrize("brake", [1.0, 1.2, None])
 def test_step_sizes_shrink_while_the_loss_rises(method, brake):
-    """The loss by itself decides: slope and curvature say that steps might be longer all the while."""
+    """The loss by itself decides, in units of its noise: slope and curvature say that steps might be longer."""
     model, one = nn.Linear(6, 3), torch.ones(1)
     optimizer = method(model.parameters(), averaging=0.5, trust=1e9, **UNBOUNDED | {"growth": 1.1, "brake": brake})
     optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
     search = optimizer._search
     search |= {"slope": one, "noise": 0 * one, "curvature": 1e-9 * one.view(1, 1), "moved": one, "usual_length": one}
-    search |= {"measured": 100, "resolved": one, "loss": 5 * one[0], "past_loss": 5 * one[0], "ceiling": one}
-    factors = {}
-    for loss in (4.0, 3.0, 2.0, 6.0, 7.0, 8.0, 1.0, 0.0, -9.0, -99.0):
+    search |= {"measured": 100, "resolved": one, "loss": one[0], "ceiling": one}
+    noise = (math.pi / 8 * 0.5) ** 0.5 * 0.8  # of the difference of two averages of weight 0.5
+    for risen in (-3.0, 0.0, 0.25, 1.0, 7.0):
         before = search["ceiling"]
-        optimizer._average(search, "loss", torch.tensor(loss))
-        optimizer._average(search, "past_loss", search["loss"])
+        search |= {"loss_deviation": 0.8 * one[0], "past_loss": search["loss"] - risen * noise}
         optimizer._search_step_sizes(search, per_length=one)
-        factors[loss] = (search["ceiling"] / before).item()
-    rising = 1.1 if brake is None else 1 / brake
-    assert factors == pytest.approx({loss: rising if loss > 5 else 1.1 for loss in factors})
+        part = min(max(risen, 0.0), 1.0)
+        pace = 1.1 if brake is None else 1.1 ** (1 - part) / brake**part
+        assert (search["ceiling"] / before).item() == pytest.approx(pace)
+
+
+@BOTH
+def test_a_gradient_that_never_comes_leaves_the_weights_alone(method):
+    model = nn.Linear(4, 3, bias=False)
+    optimizer, objective, before = method(model.parameters()), Objective(model, Gaussian()), model.weight.clone()
+    for _ in range(6):
+        optimizer.step(objective(torch.zeros(64, 4), torch.randn(64, 3)))
+    assert torch.equal(model.weight, before)
+
+
+@BOTH
+def test_the_noise_of_a_steady_loss_does_not_brake(method):
+    """Of independent losses the two averages differ by no more than the rule takes for noise, four times in five."""
+    model = nn.Linear(2, 1)
+    optimizer = method(model.parameters())
+    optimizer.step(small_objective(model)(torch.randn(8, 2), torch.zeros(8, dtype=torch.long)))
+    search, risen = optimizer._search | {"resolved": torch.ones(())}, []
+    for loss in torch.randn(4000, generator=torch.Generator().manual_seed(0)):
+        search["measured"] += 1
+        optimizer._add_loss(search, 5 + loss)
+        risen.append(optimizer._rise(search))
+    risen = torch.stack(risen[200:])
+    assert risen.mean().abs() < 0.2
+    assert 0.85 < risen.std() < 1.15
 
 
 @BOTH
