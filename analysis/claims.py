@@ -386,10 +386,11 @@ def _insensitive(records: Records, claim: Claim) -> Verdict:
 
 
 def _over_decades(table: pd.DataFrame, methods: tuple[str, ...]) -> list[dict]:
-    """A row by task and method if the one setting that an ablation varies spans two decades."""
+    """A row by task and method if the one setting that an ablation varies spans two decades, with a value in each."""
     settings = list(table.columns[2 : table.columns.get_loc("n")])
     values = pd.to_numeric(table[settings[0]], errors="coerce")
-    if len(settings) > 1 or not values.min() > 0 or values.max() < 100 * values.min():
+    decades = np.log10(np.unique(values[values > 0]))
+    if len(settings) > 1 or values.min() <= 0 or np.ptp(decades) < 1.99 or np.diff(decades).max() > 1.01:
         return []
     table = table.assign(value=values, loss=table.train_loss_mean.where(table.diverged == 0, np.inf))
     groups = table[table.optimizer.isin(methods) & values.notna()].groupby(["task", "optimizer"], sort=False)

@@ -184,6 +184,7 @@ def test_insensitivity_needs_two_decades_of_one_setting(tmp_path):
     key = ("LW-6", "insensitivity")
     ablation(root, "sigma", {0.5: 0.9, 2: 0.1})
     ablation(root, "joint_trust", {0: 0.9, "null": 0.1})
+    ablation(root, "stretch", {1.5: 0.1, 4: 0.1, 1e9: 0.1})  # no sweep over decades: without a bound
     assert verdicts(root)[key] == UNTESTED
     ablation(root, "trust", {0.001: 0.30, 0.01: 0.31, 0.1: 0.32})
     assert verdicts(root)[key] == YES
