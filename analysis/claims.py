@@ -390,7 +390,8 @@ def _over_decades(table: pd.DataFrame, methods: tuple[str, ...]) -> list[dict]:
     settings = list(table.columns[2 : table.columns.get_loc("n")])
     values = pd.to_numeric(table[settings[0]], errors="coerce")
     decades = np.log10(np.unique(values[values > 0]))
-    if len(settings) > 1 or values.min() <= 0 or np.ptp(decades) < 1.99 or np.diff(decades).max() > 1.01:
+    gaps = np.diff(decades)
+    if len(settings) > 1 or values.min() <= 0 or gaps.sum() < 1.99 or gaps.max() > 1.01:
         return []
     table = table.assign(value=values, loss=table.train_loss_mean.where(table.diverged == 0, np.inf))
     groups = table[table.optimizer.isin(methods) & values.notna()].groupby(["task", "optimizer"], sort=False)
