@@ -52,8 +52,8 @@ class Accumulated(Minibatch):
     def evaluate(self) -> Tensor:
         return sum((part.evaluate() for part in self.others), super().evaluate()) / self.parts
 
-    def _finish(self, loss: Tensor) -> Tensor:
+    def finish(self, loss: Tensor) -> Tensor:
         """``.grad`` and the loss become the means over all parts; then as ever."""
         loss = sum((part.add_gradient() for part in self.others), loss)
         torch._foreach_div_([p.grad for p in self.objective.model.parameters() if p.grad is not None], self.parts)
-        return super()._finish(loss / self.parts)
+        return super().finish(loss / self.parts)

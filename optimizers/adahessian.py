@@ -17,22 +17,35 @@ from optimizers.objective import Minibatch
 
 
 class AdaHessian(pytorch_optimizer.AdaHessian):
-    """``pytorch_optimizer.AdaHessian``; arguments as there."""
+    """``pytorch_optimizer.AdaHessian``; arguments as there.
+
+    Of a batch in parts the last one gives the estimate, of one that ranks share the mean of all; clipping is of the
+    gradient alone.
+    """
 
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
         if self.param_groups[0].get("step", 0) % self.update_period:  # a step that estimates nothing
             return super().step(closure)
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         closure.count(FORWARD + ACTIVATION_BACKWARD + WEIGHT_GRADIENT + self.num_samples * HESSIAN_VECTOR_PRODUCT)
         with torch.enable_grad():
             loss = closure.loss(closure.objective.model(*closure.inputs))
-            gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._estimate(loss, [p for p in parameters if p.requires_grad])
+        hessian = [self.state[p].get("hessian", torch.zeros_like(p)) for p in parameters]
+        loss = closure.finish(loss.detach())
+        super().step(hessian=[closure.mean(h) for h in hessian])
+        return loss
+
+    def _estimate(self, loss: Tensor, parameters: list[Tensor]) -> None:
+        """Fill ``.grad``, None where the loss does not depend on it, and the estimates, which are the package's."""
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         try:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
-            super().step()
+            self.zero_hessian(self.param_groups, self.state)
+            self.compute_hutchinson_hessian(self.param_groups, self.state, self.num_samples, 1.0, self.distribution)
         finally:
             for p in parameters:
-                p.grad = p.grad.detach()
-        return loss.detach()
+                p.grad = None if p.grad is None else p.grad.detach()

@@ -33,7 +33,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from optimizers.layered import RandomState, check
+from optimizers.layered import check
+from optimizers.layers import RandomState
 from optimizers.objective import Minibatch
 
 

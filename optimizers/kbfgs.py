@@ -58,8 +58,16 @@ from torch import Tensor
 
 from optimizers.kfac import factor_rows, is_factored, warn_of_plain_gradient
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
-from optimizers.layered import LayeredOptimizer, RandomState, check
-from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, Trace, frozen_statistics
+from optimizers.layered import LayeredOptimizer, check
+from optimizers.layers import (
+    Call,
+    ConvolutionLayer,
+    Layer,
+    LinearGraphLayer,
+    RandomState,
+    Trace,
+    frozen_statistics,
+)
 from optimizers.objective import Minibatch
 from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
 

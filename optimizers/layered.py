@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -25,6 +23,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
             NotImplementedError: the minibatch is in parts, and the method needs it whole.
+            Untraceable: a layer's calls can not be captured; a ``TypeError`` too.
             RuntimeError: called under autocast.
             ValueError: the parameter groups do not hold all of the model's trainable parameters.
         """
@@ -44,7 +43,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} measures its layers on the whole batch at once, on one process; the layer-wise "
                 "methods and those of gradients alone take batches in parts"
             )
-        layers = closure.objective.layers
+        layers = closure.objective.account(closure)
         # groups are looked up anew each step: load_state_dict puts new ones in place of those that it finds
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         if layers is not self._layers:
@@ -119,21 +118,3 @@ def check(ok: bool, name: str, value, wanted: str) -> None:
     """Refuse an argument that is out of its range."""
     if not ok:
         raise ValueError(f"{name}={value} is impossible: it must be {wanted}")
-
-
-class RandomState:
-    """The state of torch's global generators, so that a second forward pass draws the first one's dropout masks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        self.cpu = torch.get_rng_state()
-        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
-
-    @contextmanager
-    def replayed(self):
-        """Within: the state as it was. After: as before."""
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.cpu)
-            for device, state in zip(self.devices, self.cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

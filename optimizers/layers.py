@@ -15,13 +15,16 @@ forms no weight gradients; the visitor forms those that it wants, and nothing pe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 # Work in gradient-equivalents: one forward and one full backward pass make 1. Counted by construction of the method.
@@ -32,7 +35,9 @@ HESSIAN_VECTOR_PRODUCT = 2.0
 #: here).
 LINEAR_GRAPH_LAYERS = {"GCNConv", "SAGEConv", "GraphConv", "SGConv", "TAGConv", "ChebConv", "ClusterGCNConv", "LEConv"}
 
-_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+# Closed rules are for these very classes: a subclass may compute something else.
+_CONVOLUTIONS = {nn.Conv1d, nn.Conv2d, nn.Conv3d}
+NORMALISATIONS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm, nn.GroupNorm}
 
 
 class Ghost(NamedTuple):
@@ -42,13 +47,48 @@ class Ghost(NamedTuple):
     grad_fn: torch.autograd.graph.Node
 
 
+class RandomState:
+    """The state of torch's global generators, so that a second forward pass draws the first one's dropout masks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.devices = [device] if device.type == "cuda" else []
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    def has_advanced(self) -> bool:
+        """Whether random numbers have been drawn since."""
+        now = RandomState(self.device)
+        return not all(map(torch.equal, [self.cpu, *self.cuda], [now.cpu, *now.cuda]))
+
+    @contextmanager
+    def replayed(self):
+        """Within: the state as it was. After: as before."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+class Untraceable(TypeError):
+    """A layer's call is none that can be captured; ``layer`` is the layer."""
+
+    def __init__(self, layer: Layer, reason: str) -> None:
+        super().__init__(
+            f"layer '{layer.name}' ({type(layer.module).__name__}) {reason}: freeze its parameters, or use an "
+            "optimizer of gradients alone"
+        )
+        self.layer = layer
+
+
 class Layer:
-    """A module and the trainable parameters that it owns.
+    """A module and trainable parameters that act in its calls: those that it owns, or more.
 
     Args:
-        name: the module's name in its model.
+        name: what the layer is called: the name in the model of the module that owns the parameters.
         module: the module.
-        parameters: its trainable parameters by their name inside the module, e.g. ``{"weight": …, "bias": …}``.
+        parameters: trainable parameters by their name inside the module, e.g. ``{"weight": …, "bias": …}``.
     """
 
     def __init__(self, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -78,33 +118,34 @@ class Layer:
         Raises:
             TypeError: the module has a function that torch cannot differentiate so.
         """
-        theta = {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+        theta = self._values()
         dot = dict(zip(self.names, direction, strict=True))
-
-        def output_of(theta: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.module, theta, inputs)
-
-        with frozen_statistics(self.module):
+        with frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):  # fused attention has one derivative
             try:
-                tangent = torch.func.jvp(output_of, (theta,), (dot,))[1]
-            except NotImplementedError:  # torch has no forward mode for some functions
-                tangent = self._pulled_back_twice(output_of, theta, direction)
-        return tangent.clone()
+                return torch.func.jvp(lambda theta: self._output(theta, inputs), (theta,), (dot,))[1].clone()
+            except (NotImplementedError, RuntimeError):  # torch has no forward mode for some functions
+                return self.tangent_by_reverse(inputs, direction)
 
-    def _pulled_back_twice(self, output_of: Callable, theta: dict[str, Tensor], direction: Sequence[Tensor]) -> Tensor:
-        """``ż`` by reverse mode alone: ``(∂z/∂θ)ᵀ δ`` is linear in ``δ``, and its derivative along ``d`` is ``ż``."""
-        with torch.enable_grad():
-            theta = {name: p.requires_grad_() for name, p in theta.items()}
-            z = output_of(theta)
+    def tangent_by_reverse(self, inputs: tuple, direction: Sequence[Tensor]) -> Tensor:
+        """``ż`` by reverse mode alone: ``(∂z/∂θ)ᵀ δ`` is linear in ``δ``, and its derivative along ``d`` is ``ż``.
+
+        Dearer; but its forward pass is the usual one, and so draws the masks that that one does from one random state.
+        """
+        with torch.enable_grad(), frozen_statistics(self.module), sdpa_kernel(SDPBackend.MATH):
+            theta = {name: p.requires_grad_() for name, p in self._values().items()}
+            z = self._output(theta, inputs)
             delta = torch.zeros_like(z, requires_grad=True)
             try:
                 pulled = torch.autograd.grad(z, list(theta.values()), delta, create_graph=True)
-                return torch.autograd.grad(pulled, delta, list(direction))[0]
+                return torch.autograd.grad(pulled, delta, list(direction))[0].clone()
             except RuntimeError as error:
-                raise TypeError(
-                    f"layer '{self.name}' ({type(self.module).__name__}) has no derivative along a direction in torch "
-                    f"({error}): freeze its parameters, or use an optimizer of gradients alone"
-                ) from None
+                raise Untraceable(self, f"has no derivative along a direction in torch ({error})") from None
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
+
+    def _output(self, theta: dict[str, Tensor], inputs: tuple) -> Tensor:
+        return torch.func.functional_call(self.module, theta, inputs)
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
         """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
@@ -211,18 +252,18 @@ class LinearGraphLayer(Layer):
 
 
 def _kind(module: nn.Module) -> type[Layer]:
-    if type(module).__name__ in LINEAR_GRAPH_LAYERS and not _bends(module):
+    kind = type(module)
+    if kind.__name__ in LINEAR_GRAPH_LAYERS and hasattr(module, "propagate") and not _bends(module):
         return LinearGraphLayer
     if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
         return Layer  # reparametrised, whatever the module is: by spectral_norm, weight_norm
-    if type(module) is nn.Linear:
+    if kind is nn.Linear:
         return LinearLayer
-    plain_convolution = isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
-    if plain_convolution and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+    if kind in _CONVOLUTIONS and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return ConvolutionLayer
-    if isinstance(module, _NORMALISATIONS):
+    if kind in NORMALISATIONS:
         return NormalisationLayer
-    if type(module) is nn.Embedding and module.padding_idx is None:
+    if kind is nn.Embedding and module.padding_idx is None and module.max_norm is None:
         return EmbeddingLayer
     return Layer
 
@@ -273,14 +314,19 @@ def find_layers(model: nn.Module) -> list[Layer]:
 class Call:
     """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap).
 
+    ``random_state`` is that before the call, of one that has drawn random numbers.
+
     Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
     out in the parameters' own, so that curvature is computed and kept in it.
     """
 
-    def __init__(self, layer: Layer, inputs: tuple, output: Tensor | Ghost) -> None:
+    def __init__(
+        self, layer: Layer, inputs: tuple, output: Tensor | Ghost, random_state: RandomState | None = None
+    ) -> None:
         self.layer = layer
         self._inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
         self.output = output
+        self._random_state = random_state
 
     @property
     def inputs(self) -> tuple:
@@ -298,7 +344,10 @@ class Call:
         return self.layer.gradient(self.inputs, self.output, delta)
 
     def tangent(self, direction: Sequence[Tensor]) -> Tensor:
-        return self.layer.tangent(self.inputs, self.output, direction)
+        if self._random_state is None:
+            return self.layer.tangent(self.inputs, self.output, direction)
+        with self._random_state.replayed():
+            return self.layer.tangent_by_reverse(self.inputs, direction)
 
     def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
@@ -361,7 +410,7 @@ class Trace:
         self._keep_outputs = keep_outputs
         self._visitor = _Visitor()
         self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
-        handles = [layer.module.register_forward_hook(self._hook(layer)) for layer in layers]
+        handles = [handle for layer in layers for handle in self._tapped(layer)]
         try:
             with torch.enable_grad():
                 self.outputs = model(*inputs)
@@ -370,18 +419,26 @@ class Trace:
                 handle.remove()
         count(FORWARD)
 
-    def _hook(self, layer: Layer):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    def _tapped(self, layer: Layer) -> list:
+        """Hooks that capture the layer's calls; the handles that remove them."""
+        # a module of no known kind may draw random numbers, which its tangent has to draw again
+        states, may_draw = [], type(layer) is Layer and layer.module.training
+
+        def remember(module: nn.Module, inputs: tuple) -> None:
+            states.append(RandomState(self._anchor.device))
+
+        def tap(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
             if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"layer '{layer.name}' ({type(module).__name__}) returns {type(output).__name__}; only layers that "
-                    "return one tensor can be traced: freeze its parameters, or use an optimizer of gradients alone"
-                )
-            call = Call(layer, inputs, output if self._keep_outputs else Ghost(output.shape, output.grad_fn))
+                raise Untraceable(layer, f"returns {type(output).__name__}; only what returns one tensor can be traced")
+            kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
+            state = states.pop() if may_draw else None
+            drawn = state if state is not None and state.has_advanced() else None
+            call = Call(layer, _positional(layer, inputs, named), kept, drawn)
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 
-        return hook
+        before = [layer.module.register_forward_pre_hook(remember)] if may_draw else []
+        return [*before, layer.module.register_forward_hook(tap, with_kwargs=True)]
 
     def gradients(
         self, root: Tensor, cotangent: Tensor | None = None, retain_graph: bool = False
@@ -460,15 +517,42 @@ class Trace:
         self._count(ACTIVATION_BACKWARD)
 
 
+def _positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
+    """A call's inputs in the order of the module's ``forward``, which is how they are kept."""
+    if not named:
+        return inputs
+    bound = inspect.signature(layer.module.forward).bind(*inputs, **named)
+    if any(name in bound.kwargs for name in named):
+        raise Untraceable(layer, f"is called with what has no position ({', '.join(bound.kwargs)})")
+    bound.apply_defaults()
+    return bound.args
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module):
-    """BatchNorm's running statistics stand still, its mode does not change: for second forward passes in one step."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    updating = [m for m in norms if m.training and m.track_running_stats]
-    for norm in updating:
-        norm.track_running_stats = False
+    """What training mode keeps track of stands still, the mode does not change: for second forward passes in one step.
+
+    That is BatchNorm's and InstanceNorm's running statistics, and spectral normalisation's singular vectors.
+    """
+    with ExitStack() as stack:
+        for m in module.modules():
+            if not m.training:
+                continue
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats:
+                stack.enter_context(_set(m, "track_running_stats", False))
+            elif isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.track_running_stats:
+                stack.enter_context(_set(m, "momentum", 0.0))
+            elif isinstance(m, _SpectralNorm):
+                stack.enter_context(_set(m, "training", False))
+        yield
+
+
+@contextmanager
+def _set(module: nn.Module, name: str, value):
+    """Within, an attribute is another."""
+    before = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        for norm in updating:
-            norm.track_running_stats = True
+        setattr(module, name, before)

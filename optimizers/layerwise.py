@@ -138,8 +138,8 @@ import torch
 from torch import Tensor
 
 from optimizers.curvature import GaussNewton
-from optimizers.layered import LayeredOptimizer, RandomState, check, dot
-from optimizers.layers import Layer, NormalisationLayer, Trace, frozen_statistics
+from optimizers.layered import LayeredOptimizer, check, dot
+from optimizers.layers import Layer, NormalisationLayer, RandomState, Trace, frozen_statistics
 from optimizers.objective import Minibatch
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from optimizers.accounting import accounting_layers
 from optimizers.layers import (
     ACTIVATION_BACKWARD,
     FORWARD,
@@ -64,8 +65,9 @@ class Objective:
             curvature its curvature; an optimizer's ``weight_decay`` is the optimizer's own affair.
 
     Attributes:
-        layers: the model's layers (found when first asked for; call ``refresh`` after freezing or unfreezing
-        parameters). gradient_equivalents: the work done so far; one forward and one full backward make 1.
+        layers: the model's layers (found when first asked for, and again by a step where parameters have been
+            frozen or unfrozen; call ``refresh`` after replacing modules).
+        gradient_equivalents: the work done so far; one forward and one full backward make 1.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Objective:
         self.max_norm = max_norm
         self.gradient_equivalents = 0.0
         self._layers = None
+        self._trained: list[bool] | None = None  # which parameters were when the layers were found to be right
 
     @property
     def layers(self) -> list[Layer]:
@@ -95,8 +98,20 @@ class Objective:
         return self._layers
 
     def refresh(self) -> None:
-        """Look for layers anew at the next step."""
-        self._layers = None
+        """Look for layers anew at the next step: after modules were replaced."""
+        self._layers = self._trained = None
+
+    def account(self, minibatch: Minibatch) -> list[Layer]:
+        """The layers, once this minibatch or one before has shown that their calls account for its gradient.
+
+        Found anew where other parameters are trained than before; see ``optimizers.accounting``.
+        """
+        if self._trained is None:
+            self._parameters = list(self.model.parameters())
+        trained = [p.requires_grad for p in self._parameters]
+        if trained != self._trained:
+            self._layers, self._trained = accounting_layers(minibatch), trained
+        return self._layers
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Minibatch:
         """One minibatch.
@@ -179,7 +194,7 @@ class Minibatch:
     def __call__(self) -> Tensor:
         """Evaluate, fill ``.grad`` anew, return the loss (detached): a ``torch.optim`` closure."""
         self.objective.model.zero_grad(set_to_none=True)
-        return self._finish(self.add_gradient())
+        return self.finish(self.add_gradient())
 
     def add_gradient(self) -> Tensor:
         """Add this minibatch's gradient to ``.grad``; returns the loss, detached."""
@@ -211,11 +226,18 @@ class Minibatch:
         """
         m, device = self.size, self.targets.device
         first = torch.randint(m, (1,), generator=self.objective.generator, device=device)
-        index = ((first + stride * torch.arange(m // stride, device=device)) % m).sort().values
+        return self._sample(((first + stride * torch.arange(m // stride, device=device)) % m).sort().values)
+
+    def first(self, count: int) -> Minibatch:
+        """The first examples; all of them where an input has not a row per example, or rows depend on one another."""
+        apart = not self.mixing and all(getattr(x, "shape", ())[:1] == (self.size,) for x in self.inputs)
+        return self._sample(slice(count)) if apart else self
+
+    def _sample(self, index: Tensor | slice) -> Minibatch:
         sample = copy.copy(self)
         sample.inputs = tuple(x[index] for x in self.inputs)
         sample.targets = sample.inputs[0] if self.targets is self.inputs[0] else self.targets[index]
-        sample.weight = len(index) / m
+        sample.weight = sample.size / self.size
         return sample
 
     def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
@@ -225,7 +247,7 @@ class Minibatch:
         for layer, gradient in gradients.items():
             for p, g in zip(layer.parameters, gradient, strict=True):
                 p.grad = g
-        return self._finish(loss.detach())
+        return self.finish(loss.detach())
 
     def visit_gradients(
         self, trace: Trace, visit: Callable[[nn.Parameter], None], retain_graph: bool = False
@@ -317,7 +339,7 @@ class Minibatch:
         with torch.enable_grad():
             return self.loss(trace.outputs)
 
-    def _finish(self, loss: Tensor) -> Tensor:
+    def finish(self, loss: Tensor) -> Tensor:
         """Once ``.grad`` holds the gradient: clip it. Returns the loss."""
         max_norm = self.objective.max_norm
         if max_norm is not None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from optimizers.layers import Trace
+from optimizers.layers import NORMALISATIONS, Trace
 from optimizers.objective import Minibatch, Objective
 
 
@@ -84,14 +84,14 @@ class Shard(Minibatch):
         dist.all_gather(parts, outputs.detach().contiguous())
         return self._mine(self.objective.likelihood.sampled_residual(torch.cat(parts), self.objective.generator))
 
-    def _finish(self, loss: Tensor) -> Tensor:
+    def finish(self, loss: Tensor) -> Tensor:
         """Every ``.grad`` and the loss become their means, in one exchange; then as ever."""
         gradients = [p.grad for p in self.objective.model.parameters() if p.grad is not None]
         flat = self.mean(torch.cat([loss.view(1), *(g.flatten() for g in gradients)]))
         loss, *parts = flat.split([1, *(g.numel() for g in gradients)])
         for g, part in zip(gradients, parts, strict=True):
             g.copy_(part.view_as(g))
-        return super()._finish(loss.squeeze(0))
+        return super().finish(loss.squeeze(0))
 
     def _mine(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.ranks)[dist.get_rank()]
@@ -132,6 +132,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions."""
+
+
+NORMALISATIONS.add(SharedBatchNorm)  # a layer with the rules of BatchNorm
 
 
 class _OfTheWholeBatch(torch.autograd.Function):

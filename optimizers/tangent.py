@@ -30,7 +30,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optimizers.layered import RandomState, dot
+from optimizers.layered import dot
 from optimizers.layers import (
     FORWARD,
     TANGENT,
@@ -40,6 +40,7 @@ from optimizers.layers import (
     Layer,
     LinearGraphLayer,
     LinearLayer,
+    RandomState,
     Trace,
     frozen_statistics,
 )
@@ -60,6 +61,9 @@ class Curvature:
         minibatch: the minibatch.
         recompute: free activations in the backward pass and compute them again in the tangent pass.
 
+    Raises:
+        NotImplementedError: a layer's module holds another layer's.
+
     Attributes:
         loss: the mean loss, detached.
     """
@@ -67,6 +71,7 @@ class Curvature:
     def __init__(self, minibatch: Minibatch, recompute: bool = False) -> None:
         self.minibatch, self.recompute = minibatch, recompute
         model, layers = minibatch.objective.model, minibatch.objective.layers
+        _check_apart(layers)
         self._random_state = RandomState(layers[0].parameters[0].device)
         trace = Trace(model, [*layers, *_activations(model, layers)], minibatch.inputs, minibatch.count)
         self._calls, self._outputs = trace.calls, trace.outputs.detach()
@@ -125,6 +130,18 @@ class Curvature:
             return forward_ad.make_dual(z, dot_z)
 
         return forward
+
+
+def _check_apart(layers: list[Layer]) -> None:
+    """A second derivative is of one layer alone; of one inside another it would be counted twice."""
+    for layer in layers:
+        inside = {*layer.module.modules()}
+        for other in layers:
+            if other is not layer and other.module in inside and not isinstance(layer, LinearGraphLayer):
+                raise NotImplementedError(
+                    f"layer '{layer.name}' ({type(layer.module).__name__}) holds layer '{other.name}': the curvature "
+                    "along a direction is a sum over layers that do not, so take another optimizer for this model"
+                )
 
 
 def _with_tangent(x: Tensor) -> tuple[Tensor, Tensor | None]:

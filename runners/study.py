@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from models.likelihoods import Categorical, Gaussian
 from optimizers import LWSGDm, Objective, curvature
-from optimizers.layered import RandomState
-from optimizers.layers import Trace, frozen_statistics
+from optimizers.layers import RandomState, Trace, frozen_statistics
 from optimizers.objective import Minibatch
 from runners.config import resolve
 from runners.record import replace_file

@@ -1,0 +1,92 @@
+r"""Whether the layers' calls account for the gradient, and layers of which they do.
+
+Curvature is measured in the calls of the modules that own parameters. But a parameter may act elsewhere: two modules
+have one weight, or a model multiplies by the weight of its embedding; a module is never called (``ParameterList``, the
+output projection of ``MultiheadAttention``), or returns no single tensor (``LSTM``). What its calls tell is then not
+the whole of it, and nothing would look wrong. By the chain rule the calls of layer ``l`` account for its gradient if
+
+    Σ_calls ⟨δ, ż(d)⟩ = ⟨g_l, d⟩,     ż(d) = (∂z/∂θ_l) d,
+
+which is checked once, on the first examples that a model sees, with ``d = g_l / ‖g_l‖`` and ``g_l`` by autograd. A
+layer that fails is *lifted*: the module around takes its place, in whose calls more happens, up to the model itself, in
+whose call everything does. A lifted layer's tangent is one of a larger module, and so dearer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from optimizers.layers import Call, Layer, RandomState, Trace, Untraceable, find_layers, frozen_statistics
+
+if TYPE_CHECKING:
+    from optimizers.objective import Minibatch
+
+#: Of the sum of its terms' absolute values, by how much the sum may differ: half precision in a model's forward.
+TOLERANCE = 1e-2
+
+#: Enough to tell, and of less memory than a step.
+EXAMPLES = 32
+
+
+def accounting_layers(minibatch: Minibatch) -> list[Layer]:
+    """The model's layers, lifted until their calls account for the gradient; waits for the device.
+
+    Neither the work done nor any random state, gradient or running statistic shows that it was called.
+
+    Raises:
+        Untraceable: the whole model's call does not account for a gradient either.
+    """
+    model, minibatch = minibatch.objective.model, minibatch.first(EXAMPLES)
+    layers = find_layers(model)
+    random_state = RandomState(layers[0].parameters[0].device) if layers else None
+    while layers:
+        with random_state.replayed(), frozen_statistics(model):
+            unaccounted = _unaccounted(minibatch, layers)
+        if not unaccounted:
+            break
+        layers = [_lifted(layer, model) if layer in unaccounted else layer for layer in layers]
+    return layers
+
+
+def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
+    try:
+        trace = Trace(minibatch.objective.model, layers, minibatch.inputs, lambda work: None, keep_outputs=False)
+        with torch.enable_grad():
+            loss = minibatch.losses(trace.outputs).sum()
+        gradients = trace.gradients(loss, retain_graph=True)
+        lengths = torch.stack([_normalise(gradient) for gradient in gradients.values()]).to(loss.dtype)
+        slopes: dict[Layer, list[Tensor]] = {layer: [loss.new_zeros(2)] for layer in layers}
+
+        def visit(call: Call, delta: Tensor) -> None:
+            terms = call.slopes(delta, gradients[call.layer])
+            slopes[call.layer].append(torch.stack([terms.sum(), terms.abs().sum()]).to(loss.dtype))
+
+        trace.backward(torch.autograd.grad(loss, trace.outputs, retain_graph=True)[0], visit)
+    except Untraceable as error:
+        if error.layer.module is minibatch.objective.model:
+            raise
+        return [error.layer]
+    seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
+    differ = (seen - lengths).abs() > TOLERANCE * torch.maximum(size, lengths)  # of what is not finite nothing is known
+    return [layer for layer, differs in zip(layers, differ.tolist(), strict=True) if differs]
+
+
+def _normalise(gradient: list[Tensor]) -> Tensor:
+    """Give a gradient length 1; the length that it had."""
+    length = torch.stack(torch._foreach_norm(gradient)).norm()
+    divisor = length.clamp_min(torch.finfo(length.dtype).tiny)
+    gradient[:] = [g / divisor for g in gradient]  # autograd may have expanded one, which is not to be written to
+    return length
+
+
+def _lifted(layer: Layer, model: nn.Module) -> Layer:
+    """The same parameters in the calls of the module around."""
+    if layer.module is model:
+        raise Untraceable(layer, f"has a gradient in '{layer.names[0]}' that the model's call does not account for")
+    path = next(name for name, module in model.named_modules() if module is layer.module)
+    around, _, name = path.rpartition(".")
+    parameters = {f"{name}.{n}": p for n, p in zip(layer.names, layer.parameters, strict=True)}
+    return Layer(layer.name, model.get_submodule(around), parameters)

@@ -1,0 +1,243 @@
+"""Layers whose calls account for the gradient: parameters that act outside their module's calls, or in none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from models.likelihoods import Categorical, Gaussian
+from optimizers.curvature import ExactGaussNewton, SampledFisher
+from optimizers.layers import Untraceable, frozen_statistics
+from optimizers.lw_sgdm import LWSGDm
+from optimizers.objective import Objective
+from tests.optimizers import cases
+
+
+class Words(nn.Module):
+    """Embedding, something, and an output layer that may have the embedding's weight."""
+
+    def __init__(self, tied: str = "", middle: nn.Module | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8)
+        self.middle = nn.Identity() if middle is None else middle
+        self.output = None if tied == "by a function" else nn.Linear(8, 9)
+        if tied == "by modules":
+            self.output.weight = self.embedding.weight
+
+    def forward(self, words):
+        x = self.middle(self.embedding(words))
+        x = (x[0] if isinstance(x, tuple) else x).mean(1)
+        return F.linear(x, self.embedding.weight) if self.output is None else self.output(x)
+
+
+class Loose(nn.Module):
+    """Parameters in a container that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(5, 4) / 2, torch.randn(4, 3) / 2])
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weights[0]) @ self.weights[1]
+
+
+class Named(nn.Module):
+    """Layers called with named arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(input=torch.tanh(self.first(input=x)))
+
+
+class Masked(nn.Linear):
+    def forward(self, x, *, mask):
+        return super().forward(x) * mask
+
+
+class ByNameOnly(nn.Module):
+    """An argument that has no position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked, self.output = Masked(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.output(self.masked(x, mask=torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=x.dtype)))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes with another weight than it holds."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Bright(nn.LayerNorm):
+    """A normalisation that does more."""
+
+    def forward(self, x):
+        return super().forward(x).square()
+
+
+def words():
+    return torch.randint(9, (12, 5))
+
+
+def vectors():
+    return torch.randn(12, 5)
+
+
+MODELS = {  # and the layers that must be lifted
+    "no tie": (Words, words, []),
+    "tied by modules": (lambda: Words("by modules"), words, ["embedding"]),
+    "tied by a function": (lambda: Words("by a function"), words, ["embedding"]),
+    "lstm": (lambda: Words(middle=nn.LSTM(8, 8, batch_first=True)), words, ["middle"]),
+    "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, ["embedding", "middle"]),
+    "loose": (Loose, vectors, ["weights"]),
+    "named arguments": (Named, vectors, []),
+    "by name only": (ByNameOnly, vectors, ["masked"]),
+    "standardised": (
+        lambda: nn.Sequential(Standardised(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
+        lambda: torch.randn(12, 2, 4, 4),
+        [],
+    ),
+    "bright": (lambda: nn.Sequential(nn.Linear(5, 4), Bright(4), nn.Linear(4, 3)), vectors, []),
+    "instance": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ),
+        lambda: torch.randn(12, 2, 4, 4),
+        [],
+    ),
+    "spectral norm": (lambda: nn.Sequential(spectral_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), vectors, []),
+}
+DROPPING = {
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True),
+    "gru": lambda: nn.GRU(8, 8, 2, dropout=0.3, batch_first=True),
+}
+
+
+def minibatch(model, inputs, dtype=torch.float64):
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+    return Objective(model.to(dtype), Categorical())(inputs, torch.randint(3, (12,)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_curvature_is_that_of_a_dense_jacobian(name):
+    torch.manual_seed(0)
+    build, inputs, lifted = MODELS[name]
+    batch = minibatch(build(), inputs())
+    layers = batch.objective.account(batch)
+    assert [
+        layer.name for layer in layers if "." in layer.names[0] and "parametrizations" not in layer.names[0]
+    ] == lifted
+    directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in layers}
+    q = ExactGaussNewton()(batch, batch.trace(), directions).diagonal()
+    with frozen_statistics(batch.objective.model):
+        each = [dict(zip(layer.parameters, d, strict=True)) for layer, d in directions.items()]
+        expected = torch.stack([_curvature(batch, direction) for direction in each])
+    torch.testing.assert_close(q, expected, rtol=1e-9, atol=1e-12)
+
+
+def _curvature(batch, direction):
+    """``dᵀ G d`` by differentiating the whole model along a direction, twice in reverse."""
+    outputs = batch.objective.model(*batch.inputs)
+    dual = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(outputs, list(direction), dual, create_graph=True)
+    tangent = torch.autograd.grad(pulled, dual, list(direction.values()))[0]
+    return (tangent * batch.hessian_product(outputs, tangent)).sum().detach() / batch.size
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_lifted_layer_draws_the_masks_of_the_forward_pass_again(name):
+    torch.manual_seed(0)
+    batch = minibatch(Words(middle=DROPPING[name]()), words())
+    layers = batch.objective.account(batch)
+    trace = batch.trace()
+    gradients = trace.gradients(batch.losses(trace.outputs).sum(), retain_graph=True)
+    directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in layers}
+    slopes = dict.fromkeys(layers, 0.0)
+
+    def visit(call, delta):
+        slopes[call.layer] += call.slopes(delta, directions[call.layer]).sum()
+
+    trace.backward(batch.residual(trace.outputs), visit)
+    for layer in layers:
+        expected = sum((g * d).sum() for g, d in zip(gradients[layer], directions[layer], strict=True))
+        torch.testing.assert_close(slopes[layer], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tied by modules", "instance", "spectral norm"])
+def test_accounting_leaves_no_trace(name):
+    build, inputs, _ = MODELS[name]
+    batch = minibatch(build(), inputs())
+    before = {name: b.clone() for name, b in batch.objective.model.named_buffers()}
+    random_state = torch.get_rng_state()
+    batch.objective.account(batch)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(b, before[name]) for name, b in batch.objective.model.named_buffers())
+    assert all(p.grad is None for p in batch.objective.model.parameters())
+    assert batch.objective.gradient_equivalents == 0
+
+
+def test_a_model_whose_call_does_not_tell_is_refused():
+    class Counting(Loose):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x) * self.calls
+
+    batch = minibatch(Counting(), vectors())
+    with pytest.raises(Untraceable, match=r"layer 'weights' .* the model's call does not account"):
+        batch.objective.account(batch)
+
+
+def test_layers_are_found_anew_when_others_are_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    objective, x, y = Objective(model, Categorical()), torch.randn(12, 5), torch.randint(3, (12,))
+    optimizer = LWSGDm(model.parameters())
+    optimizer.step(objective(x, y))
+    for frozen in (True, False):
+        model[0].requires_grad_(not frozen)
+        before = [p.detach().clone() for p in model[0].parameters()]
+        optimizer.step(objective(x, y))
+        assert all(map(torch.equal, before, model[0].parameters())) is frozen
+        assert len(optimizer.diagnostics()) == (1 if frozen else 2)
+
+
+@pytest.mark.filterwarnings("ignore:layer .* takes the plain gradient")
+@pytest.mark.parametrize("name", sorted({*cases.NAMES} - {"curvature_rescaling"}))
+def test_every_optimizer_trains_a_model_with_tied_weights_and_attention(name):
+    torch.manual_seed(0)
+    model, x = Words("by modules", nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)), words()
+    optimizer, objective = cases.build(name, model.parameters()), Objective(model, Categorical(), population=1000)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = torch.stack([optimizer.step(objective(x, x[:, 0])) for _ in range(12)])
+    assert losses.isfinite().all()
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_curvature_rescaling_says_that_it_needs_layers_that_hold_no_others():
+    model, x = Words(middle=nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), words()
+    optimizer = cases.build("curvature_rescaling", model.parameters())
+    with pytest.raises(NotImplementedError, match=r"layer 'middle.self_attn' .* holds layer"):
+        optimizer.step(Objective(model, Categorical())(x, x[:, 0]))
+
+
+def test_sampled_curvature_of_a_tied_weight_counts_both_of_its_uses():
+    torch.manual_seed(0)
+    model = Words("by modules").double()
+    batch = Objective(model, Gaussian())(words(), torch.randn(12, 9, dtype=torch.float64))
+    layers = batch.objective.account(batch)
+    directions = {layer: [torch.randn_like(p) for p in layer.parameters] for layer in layers}
+    exact = ExactGaussNewton()(batch, batch.trace(), directions).diagonal()
+    draws = torch.stack([SampledFisher()(batch, batch.trace(), directions).diagonal() for _ in range(400)])
+    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 400**0.5).all()
