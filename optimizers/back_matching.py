@@ -74,7 +74,8 @@ class BackMatching(LayeredOptimizer):
         lr: ≥ 0.
         momentum: ``β`` in [0, 1).
         weight_decay: ``w`` ≥ 0, of ``½ w ‖θ‖²`` added to the loss.
-        every: at least 1.
+        every: steps between measurements of the factors, at least 1.
+        settling: the first steps, all of which are measured; at least 0.
         averaging: in [0, 1).
 
     Raises:
@@ -88,26 +89,31 @@ class BackMatching(LayeredOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         every: int = 10,
+        settling: int = 10,
         averaging: float = 0.9,
     ) -> None:
         check(lr >= 0, "lr", lr, "at least 0")
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
         check(every >= 1, "every", every, "at least 1")
+        check(settling >= 0, "settling", settling, "at least 0")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.every, self.averaging = every, averaging
+        self.every, self.settling, self.averaging = every, settling, averaging
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
         layers, rates = self.find_layers(closure), self._rates
-        if rates["step"] < self.every or rates["step"] % self.every == 0:
+        if rates.setdefault("layers", self.layer_names) != self.layer_names:  # others train than before
+            rates.clear()
+            rates.update(step=0, layers=self.layer_names)
+        if rates["step"] < self.settling or rates["step"] % self.every == 0:
             trace = closure.trace()
             loss = closure.fill_gradients(trace, retain_graph=True)
             self._average(*backward_gains(closure, trace))
         else:
-            loss = closure()
+            loss = self.evaluate(closure)
         rates["step"] += 1
         for layer, rate in zip(layers, rates["rate"].unbind(), strict=True):
             for p in layer.parameters:
@@ -117,6 +123,8 @@ class BackMatching(LayeredOptimizer):
     def diagnostics(self) -> dict[str, dict[str, Tensor]]:
         """By layer: ``step_size``, the present rate; ``skipped``, measurements left out as they were not finite."""
         rates = self._rates
+        if "rate" not in rates:
+            return {}
         return {
             layer.name: {
                 "step_size": self.group(layer.parameters[0])["lr"] * rates["rate"][i],
@@ -128,7 +136,7 @@ class BackMatching(LayeredOptimizer):
     @property
     def _rates(self) -> dict:
         """The averages, kept with the first parameter's state so that ``state_dict`` carries them."""
-        return self.state[self.param_groups[0]["params"][0]].setdefault("rates", {"step": 0})
+        return self.state[self.first].setdefault("rates", {"step": 0})
 
     def _average(self, propagated: Tensor, parameters: Tensor) -> None:
         """Take one measurement into the averages; ``rate`` is ``q_l Π 1/m_k``."""

@@ -93,7 +93,7 @@ class CurvatureRescaling(LayeredOptimizer):
     @property
     def _averages(self) -> dict[str, Tensor]:
         """``N`` and ``D``, kept with the first parameter's state so that ``state_dict`` carries them."""
-        return self.state[self.param_groups[0]["params"][0]].setdefault("averages", {})
+        return self.state[self.first].setdefault("averages", {})
 
     def _step_size(self, slope: Tensor, curvature: Tensor, squared_length: Tensor) -> Tensor:
         """``τ``; the averages start at zero, a bias that cancels in their ratio."""
@@ -131,13 +131,10 @@ class RescaledSGD(CurvatureRescaling):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, **rescaling)
 
     def _direction(self, p: Tensor, gradient: Tensor) -> Tensor:
-        beta, state = self.group(p)["momentum"], self.state[p]
+        beta = self.group(p)["momentum"]
         if not beta:
             return gradient
-        state["momentum_buffer"] = (
-            beta * state["momentum_buffer"] + gradient if "momentum_buffer" in state else gradient
-        )
-        return state["momentum_buffer"]
+        return self.buffer(p).mul_(beta).add_(gradient)
 
 
 class RescaledAdam(CurvatureRescaling):

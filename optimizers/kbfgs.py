@@ -177,6 +177,10 @@ class KBFGS(LayeredOptimizer):
             for layer in others:
                 warn_of_plain_gradient(self, layer)
             self._others = [tensor_block(layer, p) for layer in others for p in layer.parameters]
+            for block in self._blocks.values():
+                state = self.state[block.parameters[0]]
+                if "H_a" in state and len(state["H_a"]) != sum(block.widths):
+                    self.restart(block.parameters[0])
 
     def _calls_of(self, trace: Trace) -> dict[Block, list[Call]]:
         calls = defaultdict(list)

@@ -134,21 +134,20 @@ class Kronecker(LayeredOptimizer):
             NotImplementedError: a layer that the method does not support.
             ValueError: a trainable parameter that is in no group.
         """
-        self._find_blocks(closure)
-        first = self.state[self.param_groups[0]["params"][0]]
-        step = first.get("step_count", 0)
-        updating = step % self.update_every == 0
+        changed = self._find_blocks(closure)
+        step = self.state[self.first].get("step_count", 0)
+        updating = changed or step % self.update_every == 0
         if updating:
             loss, statistics = self._measure(closure)
             self._average(statistics, 1 - self.averaging)
         else:
-            loss = closure()
+            loss = self.evaluate(closure)
         early = self.refresh_early and updating and step < self.refresh_every
-        if early or step % self.refresh_every == 0:
+        if changed or early or step % self.refresh_every == 0:
             self._refresh()
         for block in self._blocks:
             self._move(block)
-        first["step_count"] = step + 1
+        self.state[self.first]["step_count"] = step + 1
         return loss
 
     @torch.no_grad()
@@ -196,11 +195,19 @@ class Kronecker(LayeredOptimizer):
 
     # The recursion ----------------------------------------------------------------------------------------------------
 
-    def _find_blocks(self, minibatch: Minibatch) -> None:
+    def _find_blocks(self, minibatch: Minibatch) -> bool:
+        """Whether there are other blocks than before, of which nothing is known."""
         known = self._layers
         layers = self.find_layers(minibatch)
-        if layers is not known:
-            self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
+        if layers is known:
+            return False
+        before = {block.parameters[0]: len(block.parameters) for block in self._blocks}
+        self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
+        other = [block.parameters for block in self._blocks if before.get(block.parameters[0]) != len(block.parameters)]
+        for parameters in other:
+            if parameters[0] in before:
+                self.restart(parameters[0])
+        return bool(before and other)
 
     def _average(self, statistics: Statistics, least: float) -> None:
         """Take statistics into the factors' averages, with a weight of at least ``least``."""
@@ -260,8 +267,7 @@ class Kronecker(LayeredOptimizer):
             self.move(p, direction)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        momentum = self.buffer(p).mul_(self.group(p)["momentum"])
-        return momentum if p.grad is None else momentum.add_(p.grad)
+        return self.buffer(p).mul_(self.group(p)["momentum"]).add_(p.grad)
 
 
 def damped_power(stack: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
             RuntimeError: called under autocast.
             ValueError: the parameter groups do not hold all of the model's trainable parameters.
         """
-        device = self.param_groups[0]["params"][0].device.type
+        device = self.first.device.type
         if torch.is_autocast_enabled(device):
             raise RuntimeError(
                 f"{type(self).__name__}.step was called under autocast, which would round curvature: put autocast into "
@@ -57,6 +59,25 @@ class LayeredOptimizer(torch.optim.Optimizer):
             self._layers = layers
         return layers
 
+    @property
+    def first(self) -> Tensor:
+        """The first parameter, whose state holds what is no parameter's own, so that ``state_dict`` carries it."""
+        return next(p for group in self.param_groups for p in group["params"])
+
+    @property
+    def layer_names(self) -> int:
+        """A number that tells by their names which layers there are; torch loads no text in states."""
+        return zlib.crc32("\n".join(layer.name for layer in self._layers).encode())
+
+    def evaluate(self, closure: Minibatch) -> Tensor:
+        """Fill the layers' ``.grad``, with zero where the loss does not depend on a parameter; the loss."""
+        loss = closure()
+        for layer in self._layers:
+            for p in layer.parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        return loss
+
     def __getstate__(self) -> dict:
         """For copies and pickles: torch's keeps no settings. Layers are found anew, a scheduler's ``step`` stays."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_layers", "_group_of", "step")}
@@ -80,6 +101,13 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 f"this state is of another model: of parameters of shapes {state_dict['shapes']}, not {mine['shapes']}"
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in mine})
+        # what is no parameter's own torch would keep in the first one's number format
+        for name, value in state_dict["state"].get(0, {}).items():
+            if isinstance(value, dict):
+                self.state[self.first][name] = {key: self._taken(part) for key, part in value.items()}
+
+    def _taken(self, value):
+        return value.to(self.first.device, copy=True) if isinstance(value, Tensor) else value
 
     def _identity(self) -> dict:
         shapes = [list(p.shape) for group in self.param_groups for p in group["params"]]
@@ -95,6 +123,11 @@ class LayeredOptimizer(torch.optim.Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter)
         return state[name]
+
+    def restart(self, parameter: Tensor) -> None:
+        """Let go of a layer's curvature, kept with its first parameter, where a part has been frozen or unfrozen."""
+        kept = ("momentum_buffer", "step_count")
+        self.state[parameter] = {name: value for name, value in self.state[parameter].items() if name in kept}
 
     def decayed_gradient(self, parameter: Tensor) -> Tensor:
         """``g + w θ``: the gradient of the loss plus ``½ w ‖θ‖²``."""

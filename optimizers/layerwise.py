@@ -130,7 +130,6 @@ symbol   argument          meaning
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -309,7 +308,7 @@ class Layerwise(LayeredOptimizer):
         search["step"] += 1
         if measures:
             return self._measured_step(closure, search)
-        loss = closure()
+        loss = self.evaluate(closure)
         self._take_in_gradients()
         self._descend(search)
         return loss
@@ -364,7 +363,7 @@ class Layerwise(LayeredOptimizer):
     @property
     def _search(self) -> dict:
         """The search's own state, kept with the first parameter's so that ``state_dict`` carries it."""
-        state = self.state[self.param_groups[0]["params"][0]]
+        state = self.state[self.first]
         if "search" not in state:
             state["search"] = {"step": 0, "measured": 0}
         return state["search"]
@@ -375,11 +374,10 @@ class Layerwise(LayeredOptimizer):
             sigma = {self.group(p)["lr"] for p in layer.parameters}
             if len(sigma) > 1:
                 raise ValueError(f"layer '{layer.name}' has one step size, but groups of lr (sigma) {sorted(sigma)}")
-        names = zlib.crc32("\n".join(layer.name for layer in self._layers).encode())  # torch loads no text in states
-        if search.get("layers", names) != names:
+        if search.get("layers", self.layer_names) != self.layer_names:
             search.clear()
             search.update(step=0, measured=0)
-        search["layers"] = names
+        search["layers"] = self.layer_names
 
     @property
     def _span(self) -> float:
@@ -428,9 +426,10 @@ class Layerwise(LayeredOptimizer):
         stride = self._stride(minibatch, trace)
         loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace, retain_graph=stride == 1)
         search["resolved"] = (loss.abs() / search["rounding"]).clamp(max=1.0)
+        slope, decay_slope = (s / minibatch.clipped for s in (slope, decay_slope))  # along the loss's own gradient
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
-        line_slope = (slope + decay_slope) / minibatch.clipped
+        line_slope = slope + decay_slope
         sample = minibatch
         if stride > 1:
             del trace  # before the next is made
@@ -516,7 +515,8 @@ class Layerwise(LayeredOptimizer):
 
         if minibatch.noisy:
             minibatch.noise(trace, measure)
-        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers]) * per_length
+        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers])
+        noise = noise / minibatch.clipped * per_length  # of the slope, which is the loss's own
         count = search["measured"] // self.correct_every + 1
         # a plain mean until the average has its length
         weight = max(1 - self._past(search) ** self.correct_every, 1 / count)

@@ -41,9 +41,9 @@ class MBF(Kronecker):
         return [Block(layer, [p], p.shape[:2] if p.dim() > 2 else p.shape[:1]) for p in layer.parameters]
 
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
-        loss = minibatch()
-        blocks = [block for block in self._blocks if all(p.grad is not None for p in block.parameters)]
-        return loss, {block: [self._statistic(block, block.join(p.grad for p in block.parameters))] for block in blocks}
+        loss = self.evaluate(minibatch)
+        gradients = {block: block.join(p.grad for p in block.parameters) for block in self._blocks}
+        return loss, {block: [self._statistic(block, gradient)] for block, gradient in gradients.items()}
 
     def _statistic(self, block: Block, g: Tensor) -> Tensor:
         if _is_matrix(block):

@@ -292,7 +292,7 @@ class Minibatch:
             self._redraw(visit)
             return
         here = self.size * self.ranks
-        scale = 1.0 if self._dropout else (1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
+        scale = 1.0 if self._dropout else max(0.0, 1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
         order = torch.randperm(here, generator=self.objective.generator, device=self.targets.device)
         signs = self._mine(order % 2 * 2 - 1)
         scale = self.clipped * scale * self.ranks / (here * self.drawn) ** 0.5

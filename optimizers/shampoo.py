@@ -34,9 +34,8 @@ class Shampoo(Kronecker):
         return [tensor_block(layer, p) for p in layer.parameters]
 
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
-        loss = minibatch()
-        blocks = [block for block in self._blocks if block.parameters[0].grad is not None]
-        return loss, {block: mode_grams(block.join([block.parameters[0].grad])) for block in blocks}
+        loss = self.evaluate(minibatch)
+        return loss, {block: mode_grams(block.join([block.parameters[0].grad])) for block in self._blocks}
 
     def _exponent(self, block: Block) -> float:
         modes = len(block.leading) + 1

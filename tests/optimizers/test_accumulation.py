@@ -7,6 +7,7 @@ from torch import nn
 from models.likelihoods import Categorical
 from optimizers import LWAdamW, LWSGDm, Objective
 from optimizers.accumulation import accumulate
+from optimizers.adahessian import AdaHessian
 from optimizers.curvature import ExactGaussNewton
 from optimizers.kfac import KFAC
 from tests.optimizers.cases import small_batch, small_network, small_objective
@@ -116,3 +117,30 @@ def test_what_cannot_be_accumulated_or_clipped_is_refused():
         accumulate([objective(x, y, torch.arange(len(y)))])
     with pytest.raises(NotImplementedError, match="KFAC measures its layers on the whole batch at once"):
         KFAC(model.parameters(), lr=0.1, damping=0.1).step(halves(objective, x, y))
+
+
+def test_without_noise_in_the_direction_clipping_changes_no_layerwise_step():
+    """The step sizes grow by what the direction shrinks: slope and curvature are the loss's own."""
+    steps = []
+    for max_norm in (None, 0.05):
+        model = perceptron()
+        objective = Objective(model, Categorical(), torch.Generator().manual_seed(0), max_norm=max_norm)
+        optimizer = LWSGDm(model.parameters(), momentum=0.0)
+        for _ in range(20):
+            optimizer.step(objective(*small_batch(torch.float64)))
+        steps.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_adahessian_averages_the_gradient_of_all_parts_clipped(max_norm):
+    averages = []
+    for in_parts in (False, True):
+        model = perceptron()
+        objective, (x, y) = Objective(model, Categorical(), max_norm=max_norm), small_batch(torch.float64)
+        optimizer = AdaHessian(model.parameters(), betas=(0.5, 0.9), weight_decay=0.0, eps=1.0)
+        optimizer.step(halves(objective, x, y) if in_parts else objective(x, y))
+        averages.append([optimizer.state[p]["exp_avg"] for p in model.parameters()])
+    torch.testing.assert_close(*averages, rtol=1e-9, atol=1e-12)
+    norm = torch.cat([a.flatten() for a in averages[0]]).norm() / 0.5
+    assert norm == pytest.approx(max_norm, rel=1e-4) if max_norm else norm > 0.1

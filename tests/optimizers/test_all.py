@@ -15,8 +15,8 @@ def supported(name: str):
     return model, on_small_network(name, model.parameters())
 
 
-def on_small_network(name: str, params):
-    return cases.build(name, params, **cases.FOR_SMALL_NETWORK.get(name, {}))
+def on_small_network(name: str, params, **settings):
+    return cases.build(name, params, **cases.FOR_SMALL_NETWORK.get(name, {}) | settings)
 
 
 def step(name: str, optimizer, closure):

@@ -199,3 +199,67 @@ def test_compiled_models_train_the_same_or_are_refused(name):
         for _ in range(3):
             step(name, opt, objective(*cases.small_batch()))
     assert equal(parameters(model), parameters(twin))
+
+
+def moving(before, model):
+    """Which parameters are not what they were; but for the second, the bias before a BatchNorm, whose slope is 0."""
+    moved = [not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True)]
+    return moved[:1] + moved[2:]
+
+
+class Partial(nn.Module):
+    """A model that leaves a layer out."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = cases.small_network(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.filterwarnings("ignore:layer .* takes the plain gradient")
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_layer_that_the_loss_does_not_depend_on_stays(name, every):
+    model = Partial()
+    settings = {key: every for key in ("every", "update_every") if key in cases.config(name)}
+    optimizer = on_small_network(name, model.parameters(), **settings)
+    objective, before = cases.small_objective(model, population=100), parameters(model)
+    losses = [step(name, optimizer, objective(*cases.small_batch())) for _ in range(7)]
+    assert torch.stack(losses).isfinite().all()
+    assert moving(before, model) == [True] * (len(before) - 3) + [False] * 2
+
+
+@pytest.mark.filterwarnings("ignore:layer .* takes the plain gradient")
+@pytest.mark.parametrize("name", LAYERED)
+def test_parameters_may_be_frozen_and_unfrozen_on_the_way(name):
+    model, optimizer, objective = trained(name)
+    for frozen in ([model[0]], [model[4].bias, model[6].weight], [model[0].weight], []):
+        model.requires_grad_(True)
+        for part in frozen:
+            part.requires_grad_(False)
+        before = parameters(model)
+        losses = [step(name, optimizer, objective(*cases.small_batch())) for _ in range(3)]
+        assert torch.stack(losses).isfinite().all()
+        trained_now = [p.requires_grad for p in model.parameters()]
+        assert moving(before, model) == trained_now[:1] + trained_now[2:]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_group_may_be_empty(name):
+    model = cases.small_network()
+    groups = [{"params": []}, {"params": list(model.parameters())}]
+    optimizer = on_small_network(name, groups)
+    before = parameters(model)
+    step(name, optimizer, cases.small_objective(model)(*cases.small_batch()))
+    assert not equal(parameters(model), before)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_state_keeps_its_number_format_whatever_the_first_parameter_has(name):
+    groups = [nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)), nn.Parameter(torch.ones(2, 2))]
+    optimizer, again = cases.build(name, groups), cases.build(name, groups)
+    optimizer.state[groups[0]]["own"] = {"number": torch.tensor(1 + 2**-20), "count": 3}
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[groups[0]]["own"] == {"number": torch.tensor(1 + 2**-20), "count": 3}

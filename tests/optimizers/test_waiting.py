@@ -7,6 +7,8 @@ number back (``.item()``, ``if tensor:``), is an error there, and so is a tensor
 import pytest
 import torch
 
+from optimizers import objective
+from optimizers.layers import find_layers
 from optimizers.tangent import Curvature
 from tests.optimizers import cases
 
@@ -34,10 +36,16 @@ def steps(name: str, population: int | None) -> None:
         optimizer.step(objective(x, y))
 
 
+@pytest.fixture(autouse=True)
+def without_what_waits_once(monkeypatch):
+    """Layers are checked once, by numbers that are read."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
+    monkeypatch.setattr(objective, "accounting_layers", lambda minibatch: find_layers(minibatch.objective.model))
+
+
 @pytest.mark.parametrize("population", [None, 24], ids=["minibatch", "full batch"])
 @pytest.mark.parametrize("name", cases.NAMES)
-def test_steps_wait_for_nothing(name, population, monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
+def test_steps_wait_for_nothing(name, population):
     if name in WAITS:
         with pytest.raises(RuntimeError, match="meta tensor"):
             steps(name, population)
@@ -46,6 +54,5 @@ def test_steps_wait_for_nothing(name, population, monkeypatch):
 
 
 def test_curvature_rescaling_waits_in_no_later_step(monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(Curvature, "check", lambda self, direction, curvature: None)
     steps("curvature_rescaling", None)
