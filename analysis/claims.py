@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from analysis import statistics
-from analysis.records import Records
+from analysis.records import Records, versions_of
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 MEASURES = {"train_loss": "training loss", "test_metric": "test metric"}
@@ -320,6 +320,8 @@ def two_regimes(records: Records, claim: Claim) -> list[Verdict]:
 def _regimes(records: Records, task: str, method: str) -> dict:
     runs = records.runs
     runs = runs[(runs.task == task) & (runs.optimizer == method) & runs.holdout & (runs.status == "finished")]
+    versions = runs.config.map(versions_of)
+    runs = runs[versions == versions.max()]
     scale = pd.to_numeric(pd.Series([c.get("optimizer", {}).get("lr") for c in runs.config], runs.index, dtype=object))
     best = []
     for side, words in ((runs[scale <= 1], "ℓ ≤ 1"), (runs[scale > 1], "ℓ > 1")):

@@ -322,7 +322,7 @@ def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
             rows = group[group.variant == variant]
             tuning = rows.tuning.iloc[0]
             tuned = (tuning.get("selected"), tuning.get("trials")) == selected.get(key, (None, None))
-            return tuned, _versions(rows.config.iloc[0]), rows.seed.nunique(), str(rows.created.max()), variant
+            return tuned, versions_of(rows.config.iloc[0]), rows.seed.nunique(), str(rows.created.max()), variant
 
         best = max(group.variant.unique(), key=rank)
         current[group.index[group.variant == best]] = True
@@ -333,7 +333,7 @@ def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
     return current
 
 
-def _versions(config: dict) -> tuple[int, int]:
+def versions_of(config: dict) -> tuple[int, int]:
     """Versions of the task and of the method; 0 where a config states none."""
     task, about = config.get("task"), (config.get("optimizer") or {}).get("about")
     return tuple(int(part.get("version") or 0) if isinstance(part, dict) else 0 for part in (task, about))

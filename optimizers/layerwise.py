@@ -130,6 +130,7 @@ symbol   argument          meaning
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -232,6 +233,9 @@ class Layerwise(LayeredOptimizer):
 
     #: Examples that curvature and noise are measured on, at least.
     FEWEST_EXAMPLES = 32
+
+    #: What is less at the start is taken for a learning rate.
+    LEAST_SIGMA = 0.05
 
     #: ``ζ``: times ``σ``, the largest part of a layer that decay takes in a step.
     SHRINKAGE = 1e-3
@@ -374,10 +378,23 @@ class Layerwise(LayeredOptimizer):
             sigma = {self.group(p)["lr"] for p in layer.parameters}
             if len(sigma) > 1:
                 raise ValueError(f"layer '{layer.name}' has one step size, but groups of lr (sigma) {sorted(sigma)}")
+        self._warn_of_rates(search)
         if search.get("layers", self.layer_names) != self.layer_names:
             search.clear()
             search.update(step=0, measured=0)
         search["layers"] = self.layer_names
+
+    def _warn_of_rates(self, search: dict) -> None:
+        """A schedule or a group made for another method sets learning rates, and training would stand still."""
+        least = min(group["lr"] for group in self.param_groups)
+        if search["step"] == 0 and least < self.LEAST_SIGMA:
+            warnings.warn(
+                f"{type(self).__name__} starts with lr={least:g}, which is its sigma (1 minimises the model, 2 is the "
+                f"edge of stability), not a learning rate: steps will be about {2 / least:.0f} times as short as by "
+                "default. Schedules that multiply (LambdaLR, StepLR, CosineAnnealingLR) suit it; of those that set "
+                "rates (OneCycleLR, CyclicLR) give max_lr=2",
+                stacklevel=4,
+            )
 
     @property
     def _span(self) -> float:

@@ -63,6 +63,11 @@ class Objective:
             n`` gradients carry no sampling noise.
         penalty: ``w_p`` of the parameters that have one. Every method sees its gradient, and those that measure
             curvature its curvature; an optimizer's ``weight_decay`` is the optimizer's own affair.
+        max_norm: > 0, what the gradient's norm is clipped to; None: any. Curvature, and the slope that a layer-wise
+            method compares it with, stay the loss's own.
+
+    Raises:
+        ValueError: an argument out of its range.
 
     Attributes:
         layers: the model's layers (found when first asked for, and again by a step where parameters have been

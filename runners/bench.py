@@ -8,6 +8,7 @@ speed drifts does not bias the ratios; seconds that a thread only waited for a p
 A method's steps are not all alike: statistics are gathered and factors refreshed at intervals. Steps are therefore
 sorted by kind (which of the method's intervals they end), and time per step is the mean of the kinds' medians, weighted
 by how often each occurs. A kind that no step was left for is represented by the first step, where all work is done.
+What a method does more often at its start is left out (`steady`): of thousands of steps that is nothing.
 
 Writes `<results.root>/bench/<device>/`: `bench.csv`, `context.csv` (one row) and `bench.pdf`, `bench.png`.
 """
@@ -57,17 +58,19 @@ class Contender(Trainer):
     Args:
         name: as shown.
         cfg: composed config of the task and the optimizer.
+        steady: attributes to set where an optimizer has them, for steps as they are in the long run.
         dataset: stands in for the task's data; None: the task's own, which need no download.
     """
 
-    def __init__(self, name: str, cfg: DictConfig, dataset: Dataset | None) -> None:
-        self.name, self._stand_in = name, dataset
+    def __init__(self, name: str, cfg: DictConfig, steady: dict, dataset: Dataset | None) -> None:
+        self.name, self._steady, self._stand_in = name, steady, dataset
         super().__init__(cfg, Path())
         self.batch = next(iter(self.batches))
         self.intervals = self._intervals(cfg.optimizer)
         self.period = math.lcm(*(every for every, _ in self.intervals))
         self._rehearse()  # libraries warm up; on the CPU memory is traced
         set_mode("train", self.optimizer)
+        self.objective.account(self.objective(*self.batch))  # which is done once
         self.memory.start()
         self.samples = [self.sample(None)]
         self.memory.stop()
@@ -98,8 +101,7 @@ class Contender(Trainer):
 
     def mean(self, values: pd.Series) -> float:
         """The mean over steps of all kinds: each kind's median, weighted by how often it occurs."""
-        begun = self.period if len(values) >= 2 * self.period else 1  # the first period may be busier than later ones
-        medians = values[begun:].groupby(self._kind).median()
+        medians = values[1:].groupby(self._kind).median()
         return sum(medians.get(self._kind(step), values[0]) for step in range(self.period)) / self.period
 
     def _kind(self, step: int) -> str:
@@ -112,6 +114,13 @@ class Contender(Trainer):
         unit = {"correct_every": found.get("every", 1)}  # counts measurements of curvature
         intervals = [(every * unit.get(name, 1), name) for name, every in found.items()]
         return [(n, offset * unit.get(name, 1)) for n, name in intervals if n > 1 for offset in INTERVALS[name]]
+
+    def _build(self, generators: dict[str, torch.Generator]):
+        model, objective, optimizer = super()._build(generators)
+        for attribute, value in self._steady.items():
+            if hasattr(optimizer, attribute):
+                setattr(optimizer, attribute, value)
+        return model, objective, optimizer
 
     def _load_data(self) -> Dataset:
         return super()._load_data() if self._stand_in is None else self._stand_in.to(self.cfg.device)
@@ -160,14 +169,13 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
         choices = [*place, f"optimizer={name}", *(f"++optimizer.{setting}" for setting in settings)]
         composed = hydra.compose("config", choices)
         OmegaConf.resolve(composed)
-        composed.optimizer.update({field: value for field, value in cfg.steady.items() if field in composed.optimizer})
         check_callables(composed)
         dataset = dataset or stand_in(composed.task)
         if contenders and time.monotonic() > until:
             refused[entry] = "no time left; give more by seconds=N"
             continue
         try:
-            contenders.append(Contender(entry, composed, dataset))
+            contenders.append(Contender(entry, composed, dict(cfg.steady), dataset))
         except Exception as error:
             refused[entry] = describe(error)
     turn = 0

@@ -16,16 +16,15 @@ class Clock:
 
     Args:
         device: where training runs.
-        seconds: what an earlier part of the run has used.
 
     Attributes:
         seconds: sum up to the last `stop`.
         waited: of these, seconds that this thread was ready and another one had the processor.
     """
 
-    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = seconds
+        self.seconds = 0.0
         self.waited = 0.0
         self._started = None
 

@@ -27,22 +27,27 @@ class Estimates:
         seconds = defaultdict(list)
         for path in root.glob("*/*/*/summary.json"):
             summary = read_summary(path.parent)
-            if summary.get("status") in DONE and summary["epochs"]:
-                seconds[summary["task"], summary["optimizer"]].append(summary["wall_seconds"] / summary["epochs"])
-        self.measured = {pair: median(values) for pair, values in seconds.items()}
+            for unit in ("epochs", "steps"):
+                if summary.get("status") in DONE and summary.get(unit):
+                    pair = summary["task"], summary["optimizer"]
+                    seconds[pair, unit].append(summary["wall_seconds"] / summary[unit])
+        self.measured = {key: median(values) for key, values in seconds.items()}
 
     def is_measured(self, job: Job) -> bool:
-        return job.pair in self.measured
+        return (job.pair, self._unit(job)) in self.measured
+
+    @staticmethod
+    def _unit(job: Job) -> str:
+        return "steps" if job.config["budget"]["steps"] else "epochs"
 
     def seconds(self, job: Job) -> float:
         """Seconds for one run; 1 where nothing is known."""
         budget, (task, _) = job.config["budget"], job.pair
         if budget["seconds"]:
             return budget["seconds"]
-        if job.pair in self.measured:
-            epoch = self.measured[job.pair]
-        else:
-            epoch = self.rough.get(task, 1.0) * RELATIVE_COST.get(job.config["optimizer"]["about"]["kind"], 1.0)
+        if self.is_measured(job):
+            return self.measured[job.pair, self._unit(job)] * (budget[self._unit(job)] or 1)
+        epoch = self.rough.get(task, 1.0) * RELATIVE_COST.get(job.config["optimizer"]["about"]["kind"], 1.0)
         return epoch * (budget["epochs"] or 1)
 
     def total(self, jobs: Iterable[Job]) -> float:

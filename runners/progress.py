@@ -17,7 +17,8 @@ class Progress(threading.Thread):
     """A bar on standard error, drawn by a thread of its own while entered.
 
     Args:
-        waves: numbers of runs and their estimated seconds, for each wave of jobs that will be watched.
+        runs: how many there will be to watch.
+        total: estimated seconds of all of them.
         seconds: the estimate for one job.
     """
 
