@@ -32,6 +32,9 @@ noise. Dropout has its own (``Minibatch.noise``). ``e`` costs as much as the cur
 measured each ``correct_every``-th time, in place of the curvature once training has settled; the next curvature then
 counts twice. A layer's share of signal is ``s_l = max(ρ̄_l, κ ρ̄ᵖ_l) / ρ̄ᵖ_l``, in (0, 1].
 
+A gradient that is clipped is one of another length: the direction takes it in as it is, but ``ρ_l`` and ``e`` are
+divided by what it was multiplied with, for slopes are to be compared with the loss's own curvature.
+
 **A sample of the batch.** Means over examples need no more of them than their accuracy asks for. So the gradient is
 the whole batch's, in a pass like any method's; curvature and noise come from every fourth example (at least 32), in a
 pass of its own: a quarter of a gradient, ``share (1/3 + 1/3 + 1/3)``: forward, activations' derivatives, tangents.
@@ -137,6 +140,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optimizers.averages import Averages
+from optimizers.bounds import Bounds, Layers, Signal
 from optimizers.curvature import GaussNewton
 from optimizers.layered import LayeredOptimizer, check, dot
 from optimizers.layers import Layer, NormalisationLayer, RandomState, Trace, frozen_statistics
@@ -154,21 +159,6 @@ class Line(NamedTuple):
     """``Q``"""
     per_length: Tensor
     """``1 / ‖d_l‖``"""
-
-
-class Signal(NamedTuple):
-    """How much of the slope is signal, and so how far a layer is believed."""
-
-    share: Tensor
-    """``s_l``, by layer"""
-    whole: Tensor
-    """``s``, of the whole direction's slope"""
-    own: Tensor
-    """``p_l``, by layer"""
-
-    def pool(self, own: Tensor, common: Tensor) -> Tensor:
-        """What is each layer's own drawn to what is common to all."""
-        return own.pow(self.own) * common.pow(1 - self.own)
 
 
 class Due(NamedTuple):
@@ -284,12 +274,9 @@ class Layerwise(LayeredOptimizer):
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
             check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
-        self.averaging, self.floor = averaging, floor
-        self.warmup, self.growth, self.brake = warmup, growth, brake
-        self.head_start, self.stretch = head_start, stretch
-        self.every, self.settling, self.correct_every = every, settling, correct_every
-        self.own, self.caution, self.share = own, caution, share
-        self.trust, self.joint_trust = trust, joint_trust
+        self.averaging, self.own, self.floor = averaging, own, floor
+        self.every, self.settling, self.correct_every, self.share = every, settling, correct_every, share
+        self.bounds = Bounds(trust, joint_trust, caution, warmup, growth, brake, stretch, head_start)
         self.curvature = GaussNewton() if curvature is None else curvature
 
     @torch.no_grad()
@@ -350,7 +337,7 @@ class Layerwise(LayeredOptimizer):
             for p in layer.parameters:
                 self._take_in(p)
 
-    def _descend(self, search: dict) -> None:
+    def _descend(self, search: Averages) -> None:
         for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
             self._move(layer, alpha)
 
@@ -365,14 +352,13 @@ class Layerwise(LayeredOptimizer):
     # The search -------------------------------------------------------------------------------------------------------
 
     @property
-    def _search(self) -> dict:
+    def _search(self) -> Averages:
         """The search's own state, kept with the first parameter's so that ``state_dict`` carries it."""
-        state = self.state[self.first]
-        if "search" not in state:
-            state["search"] = {"step": 0, "measured": 0}
-        return state["search"]
+        values = self.state[self.first].setdefault("search", {"step": 0, "measured": 0})
+        span = min(self.every, max(1, 1 / (1 - self.averaging) / self.FEWEST))
+        return Averages(values, self.averaging, span, self.settling)
 
-    def _check_layers(self, search: dict) -> None:
+    def _check_layers(self, search: Averages) -> None:
         """Layers have one step size each; where others train than before, what was measured is of no use."""
         for layer in self._layers:
             sigma = {self.group(p)["lr"] for p in layer.parameters}
@@ -384,46 +370,26 @@ class Layerwise(LayeredOptimizer):
             search.update(step=0, measured=0)
         search["layers"] = self.layer_names
 
-    def _warn_of_rates(self, search: dict) -> None:
+    def _warn_of_rates(self, search: Averages) -> None:
         """A schedule or a group made for another method sets learning rates, and training would stand still."""
         least = min(group["lr"] for group in self.param_groups)
         if search["step"] == 0 and least < self.LEAST_SIGMA:
             warnings.warn(
                 f"{type(self).__name__} starts with lr={least:g}, which is its sigma (1 minimises the model, 2 is the "
-                f"edge of stability), not a learning rate: steps will be about {2 / least:.0f} times as short as by "
-                "default. Schedules that multiply (LambdaLR, StepLR, CosineAnnealingLR) suit it; of those that set "
+                f"edge of stability), not a learning rate: its steps are {2 / least:.0e} times shorter than by default. "
+                "Schedules that multiply (LambdaLR, StepLR, CosineAnnealingLR) suit it; of those that set "
                 "rates (OneCycleLR, CyclicLR) give max_lr=2",
                 stacklevel=4,
             )
 
-    @property
-    def _span(self) -> float:
-        """Steps that a measurement stands for in the averages, once settled; ``FEWEST`` are averaged at least."""
-        return min(self.every, max(1, 1 / (1 - self.averaging) / self.FEWEST))
-
-    def _past(self, search: dict) -> float:
-        """Weight of the past in an average when a measurement is added."""
-        return self.averaging ** (1 if search["measured"] <= self.settling else self._span)
-
-    def _average(self, search: dict, name: str, value: Tensor, count: int = 1) -> None:
-        """Add a measurement, which stands for ``count``, to an average over all so far that no start biases."""
-        late = max(search["measured"] - self.settling, 0)
-        absent = self.averaging ** (search["measured"] - late + late * self._span)
-        past = ((self._past(search) - absent) / (1 - absent)) ** count
-        self._remember(search, name, value.lerp(search[name], past) if name in search else value)
-
-    def _remember(self, search: dict, name: str, value: Tensor) -> None:
-        """Keep ``value``, unless the batch's loss is down to rounding: then what was known."""
-        search[name] = value.where(search["resolved"] == 1, search[name]) if name in search else value
-
-    def _due(self, minibatch: Minibatch, search: dict) -> Due:
+    def _due(self, minibatch: Minibatch, search: Averages) -> Due:
         """Once settled curvature skips the measurement of noise, and the loss is compared after the next one."""
         turn = search["measured"] % self.correct_every
         settled = search["measured"] >= max(self.settling, 1)
         noise, comparison = turn == 0, turn == (1 % self.correct_every if settled else 0)
         return Due(noise, comparison, comparison or not (settled and noise and minibatch.noisy))
 
-    def _measured_step(self, minibatch: Minibatch, search: dict) -> Tensor:
+    def _measured_step(self, minibatch: Minibatch, search: Averages) -> Tensor:
         """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
         due = self._due(minibatch, search)
         random_state = RandomState(self._layers[0].parameters[0].device) if due.comparison else None
@@ -434,7 +400,7 @@ class Layerwise(LayeredOptimizer):
                 self._compare(line, minibatch.evaluate(), search)
         return line.loss
 
-    def _measure(self, minibatch: Minibatch, search: dict, due: Due) -> Line:
+    def _measure(self, minibatch: Minibatch, search: Averages, due: Due) -> Line:
         """Gradients, directions; the averages of the slope and of what else is due."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
@@ -481,32 +447,16 @@ class Layerwise(LayeredOptimizer):
         with frozen_statistics(minibatch.objective.model):
             return sample, sample.trace(keep_outputs=False)
 
-    def _add(self, search: dict, loss: Tensor, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
+    def _add(self, search: Averages, loss: Tensor, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
         """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
         search["measured"] += 1
-        self._add_loss(search, loss)
-        self._average(search, "slope", slope * per_length)
+        search.add_loss(loss)
+        search.add("slope", slope * per_length)
         if curvature is None:
             search["skipped"] = True
         else:
             count = 2 if search.pop("skipped", False) else 1
-            self._average(search, "curvature", curvature * torch.outer(per_length, per_length), count)
-
-    def _add_loss(self, search: dict, loss: Tensor) -> None:
-        """The average loss, that average's own average, and how far single losses are from it."""
-        self._average(search, "loss_deviation", (loss - search.get("loss", loss)).abs())
-        self._average(search, "loss", loss)
-        self._average(search, "past_loss", search["loss"])
-
-    def _rise(self, search: dict) -> Tensor:
-        """How far the average loss is above its own average, in standard deviations of what noise makes of that.
-
-        With weight ``β`` on the past the two averages of independent losses of variance ``v`` differ by a variance of
-        ``(1−β) v / 4``, to first order in ``1−β``. Of few examples single losses have heavy tails, so ``v`` is by the
-        mean deviation: ``√(π/2)`` of it is a normal law's standard deviation.
-        """
-        noise = (math.pi / 8 * (1 - self._past(search))) ** 0.5 * search["loss_deviation"]
-        return (search["loss"] - search["past_loss"]) / noise.clamp_min(torch.finfo(noise.dtype).tiny)
+            search.add("curvature", curvature * torch.outer(per_length, per_length), count)
 
     def _see_gradients(
         self, minibatch: Minibatch, trace: Trace, retain_graph: bool
@@ -523,7 +473,7 @@ class Layerwise(LayeredOptimizer):
         by_layer = torch.stack([sum(seen[p] for p in layer.parameters) for layer in self._layers])
         return loss, *by_layer.unbind(1)
 
-    def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: dict) -> None:
+    def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: Averages) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""
         noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
 
@@ -536,10 +486,10 @@ class Layerwise(LayeredOptimizer):
         noise = noise / minibatch.clipped * per_length  # of the slope, which is the loss's own
         count = search["measured"] // self.correct_every + 1
         # a plain mean until the average has its length
-        weight = max(1 - self._past(search) ** self.correct_every, 1 / count)
-        self._remember(search, "noise", search["noise"].lerp(noise, weight) if "noise" in search else noise)
+        weight = max(1 - search.past**self.correct_every, 1 / count)
+        search.remember("noise", search["noise"].lerp(noise, weight) if "noise" in search else noise)
 
-    def _compare(self, line: Line, loss: Tensor, search: dict) -> None:
+    def _compare(self, line: Line, loss: Tensor, search: Averages) -> None:
         """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
         sizes = self._step_sizes(search)
         squared_length = (sizes / line.per_length).square().sum().clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -548,10 +498,10 @@ class Layerwise(LayeredOptimizer):
         # where the losses' difference is rounding the model has to be believed
         seen = seen.where(modelled * squared_length / 2 > search["rounding"], modelled)
         past = search.get("along_step", modelled.expand(2))
-        weight = 1 - self._past(search) ** self.correct_every
-        self._remember(search, "along_step", past.lerp(torch.stack([seen, modelled]), weight))
+        weight = 1 - search.past**self.correct_every
+        search.remember("along_step", past.lerp(torch.stack([seen, modelled]), weight))
 
-    def _correction(self, search: dict, share: Tensor) -> Tensor:
+    def _correction(self, search: Averages, share: Tensor) -> Tensor:
         """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
         if "along_step" not in search:
             return torch.ones_like(share)
@@ -559,7 +509,7 @@ class Layerwise(LayeredOptimizer):
         tiny = torch.finfo(seen.dtype).tiny  # where no slope is signal, and the loss bends down, no step is 0/0 long
         return torch.maximum(seen / modelled.clamp_min(tiny), share).clamp_min(tiny)
 
-    def _search_step_sizes(self, search: dict, per_length: Tensor) -> None:
+    def _search_step_sizes(self, search: Averages, per_length: Tensor) -> None:
         """The module's formulas."""
         tiny, length = torch.finfo(per_length.dtype).tiny, 1 / per_length
         measured, curvature = search["slope"], search["curvature"]
@@ -569,54 +519,8 @@ class Layerwise(LayeredOptimizer):
         own = slope / curvature.diagonal().clamp_min(tiny)
         u = signal.pool(own, _minimiser(slope, curvature, length) * length)
         sizes = _minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
-        search["step_size"] = self._bounded(sizes, signal, per_length, search)
-
-    def _bounded(self, sizes: Tensor, signal: Signal, per_length: Tensor, search: dict) -> Tensor:
-        """The step sizes within warm-up, trust, shrinkage, growth and stretch."""
-        sizes = sizes * (search["moved"] / self.warmup).clamp(max=1.0)
-        norms = self._weight_norms()
-        longest = self._longest(norms, signal, per_length)
-        sizes = self._together(torch.minimum(sizes, longest), norms, per_length)
-        sizes = torch.minimum(sizes, self._sizes_by_decay(sizes))
-        ceiling = search.get("ceiling", torch.full_like(sizes, torch.inf))
-        sizes = self._unstretched(torch.minimum(sizes, ceiling), per_length, search)
-        head_start = self.head_start * (search["measured"] <= self.settling)
-        grown = self._pace(search) * sizes + (self.growth - 1) * head_start * longest.nan_to_num(posinf=0.0)
-        # half the last ceiling at least: a step that fell to zero must be able to grow again
-        ceiling = torch.maximum(grown, ceiling.nan_to_num(posinf=0.0) / 2)
-        ceiling = ceiling.masked_fill(ceiling == 0, torch.inf)  # no gradient has reached the layer yet
-        self._remember(search, "ceiling", ceiling)
-        return sizes * search["resolved"]  # of this batch alone, so not remembered
-
-    def _pace(self, search: dict) -> Tensor:
-        """By what factor step sizes may grow, or have to shrink."""
-        growth = torch.full_like(search["loss"], self.growth)
-        if self.brake is None:
-            return growth
-        risen = self._rise(search).clamp(0, 1)
-        return growth ** (1 - risen) / self.brake**risen
-
-    def _longest(self, norms: Tensor, signal: Signal, per_length: Tensor) -> Tensor:
-        """The step sizes that ``τ`` allows."""
-        own = signal.share**self.caution * norms * per_length
-        common = signal.whole**self.caution * _length(norms) / per_length.reciprocal().norm()
-        return self.trust * signal.pool(own, common)
-
-    def _together(self, sizes: Tensor, norms: Tensor, per_length: Tensor) -> Tensor:
-        """The step sizes within ``τ_Σ``."""
-        if self.joint_trust is None:
-            return sizes
-        relative = sizes / (norms * per_length)
-        return sizes * (self.joint_trust / relative.sum()).clamp(max=1.0)
-
-    def _unstretched(self, sizes: Tensor, per_length: Tensor, search: dict) -> Tensor:
-        """Step sizes that make no step longer than ``stretch`` times the average of the last ones."""
-        usual = search.get("usual_length", torch.zeros_like(sizes))
-        sizes = torch.where(usual > 0, torch.minimum(sizes, self.stretch * usual * per_length), sizes)
-        length = sizes / per_length
-        weight = 1 - self._past(search) ** 2  # half as long a memory as the other averages
-        self._remember(search, "usual_length", torch.where(usual > 0, usual.lerp(length, weight), length))
-        return sizes
+        layers = Layers(per_length, self._weight_norms(), self._sizes_by_decay(sizes))
+        search["step_size"] = self.bounds(sizes, signal, layers, search)
 
     def _weight_norms(self) -> Tensor:
         """``max(‖θ_l‖, r_l)``; unlimited for other vectors that start at zero."""
@@ -631,7 +535,7 @@ class Layerwise(LayeredOptimizer):
         sizes = torch.as_tensor([self.SHRINKAGE / w if w else math.inf for w in decay], dtype=like.dtype)
         return sizes.to(like.device, non_blocking=True)
 
-    def _step_sizes(self, search: dict) -> Tensor:
+    def _step_sizes(self, search: Averages) -> Tensor:
         """``α``; ``σ`` is a group's ``lr``, and so for a scheduler to change."""
         sizes = search["step_size"]
         sigma = [self.group(layer.parameters[0])["lr"] for layer in self._layers]
@@ -642,12 +546,6 @@ def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
     """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
     along = lengths @ curvature @ lengths
     return torch.where(along > 0, slope @ lengths / along, 1.0)
-
-
-def _length(norms: Tensor) -> Tensor:
-    """``‖θ‖`` by the layers' norms; unlimited if there is none but of layers that are not limited."""
-    length = norms.masked_fill(norms.isinf(), 0.0).norm()
-    return length.masked_fill(length == 0, torch.inf)
 
 
 def _rounding(minibatch: Minibatch, outputs: Tensor) -> Tensor:

@@ -154,16 +154,18 @@ def test_the_noise_of_a_steady_loss_does_not_brake(method):
     model = nn.Linear(2, 1)
     optimizer = method(model.parameters())
     optimizer.step(small_objective(model)(torch.randn(8, 2), torch.zeros(8, dtype=torch.long)))
-    search, risen = optimizer._search | {"resolved": torch.ones(())}, []
+    search, risen = optimizer._search, []
+    search["resolved"] = torch.ones(())
     for loss in torch.randn(4000, generator=torch.Generator().manual_seed(0)):
         search["measured"] += 1
-        optimizer._add_loss(search, 5 + loss)
-        risen.append(optimizer._rise(search))
+        search.add_loss(5 + loss)
+        risen.append(search.rise())
     risen = torch.stack(risen[200:])
     assert risen.mean().abs() < 0.2
     assert 0.85 < risen.std() < 1.15
 
 
+@pytest.mark.filterwarnings("ignore:.* starts with lr=0.001")
 @BOTH
 @pytest.mark.parametrize("stretch", [1.2, 2.0, 1e9])
 def test_a_steep_batch_stretches_the_step_no_further_than_its_bound(method, stretch):
@@ -335,3 +337,14 @@ def test_a_new_batch_is_fitted_after_one_that_has_been_for_long(method):
     assert loss < 1e-7
     losses = [float(optimizer.step(objective(x[8:], y[8:]))) for _ in range(60)]
     assert losses[0] > 1 and losses[-1] < 0.01
+
+
+@BOTH
+def test_a_sigma_that_looks_like_a_learning_rate_is_told(method, recwarn):
+    model, (x, y) = small_network(), small_batch()
+    objective = small_objective(model)
+    for groups, told in ((model.parameters(), 0), ([{"params": list(model.parameters()), "lr": 0.01}], 1)):
+        optimizer = method(groups)
+        for _ in range(2):
+            optimizer.step(objective(x, y))
+        assert [str(w.message).split(",")[0] for w in recwarn] == [f"{method.__name__} starts with lr=0.01"] * told
