@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas as pd
+import yaml
 
 from analysis import claims, figures, paper, tables
 from analysis.curves import learnt, mean_curves, reach
@@ -22,6 +23,8 @@ from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_o
 from analysis.records import AXES, Records, load
 from analysis.style import style
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+SCHEDULES = {"StepLR": "step", "CosineAnnealingLR": "cosine"}
 PAGE = Path(__file__).parent / "page"
 FAMILIES = {"autoencoder": "Autoencoders", "cnn": "Convolutional networks", "gcn": "Graph convolutional networks"}
 POINTS = 150  # of each interactive curve: finer than a screen shows
@@ -269,14 +272,28 @@ def troubled(records: Records) -> list[dict]:
 
 def command(run) -> str:
     """The command that makes one run again: what differs by run from the config files."""
+    config = run.config
     parts = [f"python -m runners.train task={run.task} optimizer={run.optimizer} seed={run.seed}"]
-    profile = (run.config.get("profile") or {}).get("name")
+    profile = (config.get("profile") or {}).get("name")
     parts += [f"profile={profile}"] if profile else []
-    threads = run.config.get("threads")
-    parts += [f"threads={threads}"] if threads else []
-    searched = [name for name in (run.config.get("optimizer") or {}).get("search") or {}]
-    parts += [f"optimizer.{name}={run.config['optimizer'].get(name)}" for name in searched]
+    parts += [f"threads={config['threads']}"] if config.get("threads") else []
+    parts += [f"budget.{unit}={amount}" for unit, amount in (config.get("budget") or {}).items() if amount]
+    schedule = ((config.get("schedule") or {}).get("_target_") or "").rpartition(".")[2]
+    parts += [f"schedule={SCHEDULES[schedule]}"] if schedule in SCHEDULES else []
+    parts += _chosen(config.get("optimizer") or {}, run.optimizer)
     return " ".join(parts + (["holdout=true"] if run.holdout else []))
+
+
+def _chosen(settings: dict, optimizer: str) -> list[str]:
+    """The settings of a method that its config file does not give, or gives by task."""
+    path = CONFIGS / "optimizer" / f"{optimizer}.yaml"
+    given = yaml.safe_load(path.read_text()) if path.exists() else {}
+    own = {name: value for name, value in settings.items() if name not in ("_target_", "about", "search")}
+    return [
+        f"{'' if name in given else '++'}optimizer.{name}={'null' if value is None else str(value).replace(' ', '')}"
+        for name, value in own.items()
+        if name not in given or value != given[name]
+    ]
 
 
 def missing(records: Records) -> list[tuple[str, Path, str]]:

@@ -376,7 +376,7 @@ class Layerwise(LayeredOptimizer):
         if search["step"] == 0 and least < self.LEAST_SIGMA:
             warnings.warn(
                 f"{type(self).__name__} starts with lr={least:g}, which is its sigma (1 minimises the model, 2 is the "
-                f"edge of stability), not a learning rate: its steps are {2 / least:.0e} times shorter than by default. "
+                f"edge of stability), not a learning rate: its steps are {2 / least:.0e} times as short as usual. "
                 "Schedules that multiply (LambdaLR, StepLR, CosineAnnealingLR) suit it; of those that set "
                 "rates (OneCycleLR, CyclicLR) give max_lr=2",
                 stacklevel=4,

@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
 
+from analysis.report import command
 from runners.config import ConfigError, digest, resolve, run_folder, stream_seed
 
 BASE = ("task=cnn_digits", "optimizer=sgdm", "budget.epochs=2")
@@ -112,3 +115,21 @@ def test_streams_are_independent_and_zero_is_a_seed():
     seeds = [stream_seed(seed, name) for seed in range(3) for name in ("init", "order", "labels")]
     assert len(set(seeds)) == 9
     assert all(0 < seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer=sgdm", "optimizer.lr=0.07", "seed=3", "holdout=true"),
+        ("optimizer=kfac", "optimizer.lr=1e-05", "optimizer.damping=0.5", "budget.steps=7"),
+        ("optimizer=lw_sgdm", "optimizer.joint_trust=null", "optimizer.sigma=1", "budget.seconds=2.5"),
+        ("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "schedule=cosine", "budget.epochs=2"),
+        ("optimizer=mbf", "++optimizer.refresh_early=false", "schedule=step", "threads=2", "task=cnn_digits"),
+    ],
+)
+def test_the_reports_command_makes_the_same_run(compose, overrides):
+    config = OmegaConf.to_container(resolve(compose("task=gcn_sbm", *overrides)))
+    config["optimizer"].pop("search", None)  # a record has none
+    names = {"task": config["task"]["name"], "optimizer": config["optimizer"]["about"]["name"]}
+    run = SimpleNamespace(config=config, seed=config["seed"], holdout=config["holdout"], **names)
+    assert run_folder(resolve(compose(*command(run).split()[3:]))).name == digest(config)
