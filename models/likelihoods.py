@@ -59,9 +59,13 @@ class Bernoulli:
 
 
 class Categorical:
-    """One of C classes with logits `z` `(m, C)` and labels `y` `(m,)`: `ℓ = log Σ_c exp z_c − z_y`.
+    """Labels `y` `(m, …)`, each one of C classes with logits `z` `(m, …, C)`: `ℓ = Σ log Σ_c exp z_c − z_y`.
 
-    The metric is the accuracy.
+    An example has one label, or several, such as the tokens of a sequence, and its loss is their sum. The metric is the
+    accuracy.
+
+    >>> Categorical().nll(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.long)) / math.log(4)
+    tensor([5., 5.])
     """
 
     metric_name = "accuracy"
@@ -71,31 +75,33 @@ class Categorical:
         """Negative log-likelihood of each example, `(m,)`.
 
         Raises:
-            ValueError: outputs other than `(m, C)`, or targets other than `(m,)`.
+            ValueError: outputs are not one row of logits per label.
         """
-        fits = outputs.dim() == 2 and targets.shape == outputs.shape[:1]
-        _check_shapes(self, outputs, targets, fits, "outputs (m, C) and targets (m,), one label an example")
-        return F.cross_entropy(outputs, targets, reduction="none")
+        fits = outputs.dim() >= 2 and targets.shape == outputs.shape[:-1]
+        _check_shapes(self, outputs, targets, fits, "outputs (m, C) and targets (m,), or a row of C for every label")
+        losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        return losses if targets.dim() == 1 else losses.view(len(targets), -1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`∂ℓ/∂z = softmax(z) − onehot(y)`."""
-        return _minus_onehot(outputs.softmax(1), targets)
+        return _minus_onehot(outputs.softmax(-1), targets)
 
     def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The residual at labels drawn from the output, by `generator` on the outputs' device."""
-        probabilities = outputs.detach().softmax(1)
+        probabilities = outputs.detach().softmax(-1)
         # argmax p/e with exponential e draws from p; torch.multinomial checks its input on the host.
         noise = torch.empty_like(probabilities).exponential_(generator=generator)
-        return _minus_onehot(probabilities, (probabilities / noise).argmax(1))
+        return _minus_onehot(probabilities, (probabilities / noise).argmax(-1))
 
     def hessian_product(self, outputs: Tensor, v: Tensor) -> Tensor:
         """`∂²ℓ/∂z² v = p ∘ v − p (pᵀv)` with `p = softmax(z)`."""
-        weighted = outputs.softmax(1) * v
-        return weighted - outputs.softmax(1) * weighted.sum(1, keepdim=True)
+        weighted = outputs.softmax(-1) * v
+        return weighted - outputs.softmax(-1) * weighted.sum(-1, keepdim=True)
 
     def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """1 where the likeliest class is the label, else 0, `(m,)`."""
-        return (outputs.argmax(1) == targets).to(outputs.dtype)
+        """1 where the likeliest class is the label, else 0; of several labels the mean: `(m,)`."""
+        right = (outputs.argmax(-1) == targets).to(outputs.dtype)
+        return right if targets.dim() == 1 else right.view(len(targets), -1).mean(1)
 
 
 class Gaussian:
@@ -179,5 +185,5 @@ def _check_shapes(likelihood, outputs: Tensor, targets: Tensor, fit: bool, wante
 
 
 def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:
-    minus_one = probabilities.new_full((), -1).expand(len(labels), 1)
-    return probabilities.scatter_add(1, labels[:, None], minus_one)
+    minus_one = probabilities.new_full((), -1).expand(*labels.shape, 1)
+    return probabilities.scatter_add(-1, labels[..., None], minus_one)

@@ -113,7 +113,8 @@ def test_scaling_leaves_the_metric_alone(outputs):
         (Gaussian(), (4, 1), (4,)),  # would broadcast to (4, 4)
         (Bernoulli(), (4, 3), (4, 1)),
         (Scaled(Gaussian(), 2.0), (4, 1), (4,)),
-        (Categorical(), (4, 8, 10), (4, 8)),
+        (Categorical(), (4, 10, 8), (4, 8)),
+        (Categorical(), (4, 8, 10), (4,)),
         (Categorical(), (4, 10), (3,)),
     ],
 )
@@ -126,3 +127,15 @@ def test_extreme_logits_stay_finite():
     z = torch.tensor([[-200.0, 200.0]])
     assert Bernoulli().nll(z, torch.tensor([[0.0, 1.0]])).item() == 0
     assert Categorical().sampled_residual(z, seeded()).isfinite().all()
+
+
+def test_an_example_of_several_labels_is_the_sum_of_as_many_examples():
+    z, v = (torch.randn(M, 6, C, dtype=torch.float64, generator=seeded(s)) for s in (0, 1))
+    y = torch.randint(C, (M, 6), generator=seeded(2))
+    apart, z1, v1, y1 = Categorical(), z.flatten(0, 1), v.flatten(0, 1), y.flatten()
+    torch.testing.assert_close(apart.nll(z, y), apart.nll(z1, y1).view(M, 6).sum(1))
+    torch.testing.assert_close(apart.metric(z, y), apart.metric(z1, y1).view(M, 6).mean(1))
+    torch.testing.assert_close(apart.residual(z, y), apart.residual(z1, y1).view_as(z))
+    torch.testing.assert_close(apart.hessian_product(z, v), apart.hessian_product(z1, v1).view_as(z))
+    drawn = [apart.sampled_residual(part, seeded(3)).view_as(z) for part in (z, z1)]
+    torch.testing.assert_close(*drawn)
