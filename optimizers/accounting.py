@@ -14,6 +14,7 @@ whose call everything does. A lifted layer's tangent is one of a larger module, 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,33 +32,66 @@ TOLERANCE = 1e-2
 EXAMPLES = 32
 
 
-def accounting_layers(minibatch: Minibatch) -> list[Layer]:
-    """The model's layers, lifted until their calls account for the gradient; waits for the device.
+def accounting_layers(minibatch: Minibatch) -> tuple[list[Layer], bool]:
+    """The model's layers, lifted until their calls account for the gradient; and whether rows are not examples.
 
-    Neither the work done nor any random state, gradient or running statistic shows that it was called.
+    Waits for the device. Neither the work done nor any random state, gradient or buffer shows that it was called.
 
     Raises:
         Untraceable: the whole model's call does not account for a gradient either.
     """
-    model, minibatch = minibatch.objective.model, minibatch.first(EXAMPLES)
+    model = minibatch.objective.model
     layers = find_layers(model)
-    random_state = RandomState(layers[0].parameters[0].device) if layers else None
-    while layers:
-        with random_state.replayed(), frozen_statistics(model):
-            unaccounted = _unaccounted(minibatch, layers)
-        if not unaccounted:
-            break
-        layers = [_lifted(layer, model) if layer in unaccounted else layer for layer in layers]
+    if not layers:
+        return layers, False
+    with RandomState(layers[0].parameters[0].device).replayed(), frozen_statistics(model), _as_it_was(model):
+        some = minibatch.first(EXAMPLES)
+        if some is minibatch:
+            return _accounting(layers, minibatch), False
+        try:  # with another number of examples what is not one of them has another number of rows
+            layers = _accounting(layers, some)
+            return layers, some.mixes(_trace(some, layers))
+        except Untraceable:
+            raise
+        except Exception:  # a model for batches of one size; what else is wrong is wrong with all of them too
+            return _accounting(layers, minibatch), True
+
+
+def _accounting(layers: list[Layer], minibatch: Minibatch) -> list[Layer]:
+    while unaccounted := _unaccounted(minibatch, layers):
+        layers = [_lifted(layer, minibatch.objective.model) if layer in unaccounted else layer for layer in layers]
     return layers
+
+
+@contextmanager
+def _as_it_was(model: nn.Module):
+    """Within, parameters of zero are not, for a gradient of zero tells nothing. After, buffers are what they were."""
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    zero = [p for p in model.parameters() if p.requires_grad and not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in zero:
+            p.copy_(torch.randn(p.shape, generator=generator) / 10)
+        try:
+            yield
+        finally:
+            for p in zero:
+                p.zero_()
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer.copy_(values)
+
+
+def _trace(minibatch: Minibatch, layers: list[Layer]) -> Trace:
+    return Trace(minibatch.objective.model, layers, minibatch.inputs, lambda work: None, keep_outputs=False)
 
 
 def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
     try:
-        trace = Trace(minibatch.objective.model, layers, minibatch.inputs, lambda work: None, keep_outputs=False)
+        trace = _trace(minibatch, layers)
         with torch.enable_grad():
             loss = minibatch.losses(trace.outputs).sum()
         gradients = trace.gradients(loss, retain_graph=True)
-        lengths = torch.stack([_normalise(gradient) for gradient in gradients.values()]).to(loss.dtype)
+        lengths = torch.stack([_normalise(layer, gradient) for layer, gradient in gradients.items()]).to(loss.dtype)
         slopes: dict[Layer, list[Tensor]] = {layer: [loss.new_zeros(2)] for layer in layers}
 
         def visit(call: Call, delta: Tensor) -> None:
@@ -66,7 +100,7 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
 
         trace.backward(torch.autograd.grad(loss, trace.outputs, retain_graph=True)[0], visit)
     except Untraceable as error:
-        if error.layer.module is minibatch.objective.model:
+        if error.layer.module is minibatch.objective.model or error.final:
             raise
         return [error.layer]
     seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
@@ -74,8 +108,10 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
     return [layer for layer, differs in zip(layers, differ.tolist(), strict=True) if differs]
 
 
-def _normalise(gradient: list[Tensor]) -> Tensor:
+def _normalise(layer: Layer, gradient: list[Tensor]) -> Tensor:
     """Give a gradient length 1; the length that it had."""
+    if any(g.layout != torch.strided for g in gradient):
+        raise Untraceable(layer, "has a sparse gradient (type sparse=False)", final=True)
     length = torch.stack(torch._foreach_norm(gradient)).norm()
     divisor = length.clamp_min(torch.finfo(length.dtype).tiny)
     gradient[:] = [g / divisor for g in gradient]  # autograd may have expanded one, which is not to be written to

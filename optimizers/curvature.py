@@ -146,15 +146,24 @@ class ExactGaussNewton:
 class GaussNewton:
     """``SampledFisher``, or ``ExactGaussNewton`` where that costs no more: where examples mix and the layers are few.
 
-    There ``k`` draws of labels are ``k`` backward passes, the exact products one and half a pass per layer.
+    There ``k`` draws of labels are ``k`` backward passes, the exact products one and half a pass per layer. Some
+    functions (fused attention) have but one derivative in torch, and the exact products need two.
     """
 
     def __init__(self) -> None:
         self.sampled, self.exact = SampledFisher(), ExactGaussNewton()
+        self.is_exact_possible = True
 
     def __call__(self, minibatch: Minibatch, trace: Trace, directions: Directions) -> Tensor:
         few = 1 + len(directions) / 2 <= self.sampled.mixed_draws
-        return (self.exact if few and minibatch.mixes(trace) else self.sampled)(minibatch, trace, directions)
+        if few and self.is_exact_possible and minibatch.mixes(trace):
+            try:
+                return self.exact(minibatch, trace, directions)
+            except (NotImplementedError, RuntimeError) as error:
+                if "not implemented" not in str(error):
+                    raise
+                self.is_exact_possible = False
+        return self.sampled(minibatch, trace, directions)
 
 
 class ExactHessian:

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optimizers.kronecker import Block, Kronecker, Statistics, homogeneous_block, tensor_block
-from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer, NormalisationLayer
+from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer, NormalisationLayer, rows
 from optimizers.objective import Minibatch
 
 
@@ -130,7 +130,7 @@ def factor_rows(call: Call, delta: Tensor) -> tuple[Tensor, Tensor]:
         a = a if a.layout == torch.strided else a.to_dense()
         a = module.propagate(call.inputs[1], x=a, edge_weight=weights)
     else:
-        a, delta = a.flatten(0, -2), delta.flatten(0, -2)
+        a, delta = rows(a), rows(delta)
     ones = a.new_ones(len(a), 1)
     parts = [a] if any(p.dim() > 1 for p in call.layer.parameters) else []
     parts += [ones] if any(p.dim() == 1 for p in call.layer.parameters) else []

@@ -72,14 +72,17 @@ class RandomState:
 
 
 class Untraceable(TypeError):
-    """A layer's call is none that can be captured; ``layer`` is the layer."""
+    """A layer's call is none that can be captured; ``layer`` is the layer.
 
-    def __init__(self, layer: Layer, reason: str) -> None:
+    ``final``: nor is one of a module around it.
+    """
+
+    def __init__(self, layer: Layer, reason: str, final: bool = False) -> None:
         super().__init__(
             f"layer '{layer.name}' ({type(layer.module).__name__}) {reason}: freeze its parameters, or use an "
             "optimizer of gradients alone"
         )
-        self.layer = layer
+        self.layer, self.final = layer, final
 
 
 class Layer:
@@ -161,7 +164,7 @@ class LinearLayer(Layer):
     """``z = a Wᵀ + b`` on the last dimension; ``a``: ``(m, …, in)``."""
 
     def gradient(self, inputs, output, delta):
-        delta, a = delta.flatten(0, -2), inputs[0].flatten(0, -2)
+        delta, a = rows(delta), rows(inputs[0])
         return self._named(weight=lambda: delta.T @ a, bias=lambda: delta.sum(0))
 
     def tangent(self, inputs, output, direction):
@@ -249,6 +252,11 @@ class LinearGraphLayer(Layer):
         absent = {n: torch.zeros_like(p) for n, p in self.module.named_parameters() if n not in self.names}
         parts = absent | dict(zip(self.names, direction, strict=True))
         return torch.func.functional_call(self.module, parts, inputs)
+
+
+def rows(x: Tensor) -> Tensor:
+    """All vectors along the last dimension, as the rows of a matrix."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _kind(module: nn.Module) -> type[Layer]:
@@ -428,12 +436,14 @@ class Trace:
             states.append(RandomState(self._anchor.device))
 
         def tap(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # what the loss does not depend on by this call
+                return output
             if not isinstance(output, Tensor):
                 raise Untraceable(layer, f"returns {type(output).__name__}; only what returns one tensor can be traced")
             kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
             state = states.pop() if may_draw else None
             drawn = state if state is not None and state.has_advanced() else None
-            call = Call(layer, _positional(layer, inputs, named), kept, drawn)
+            call = Call(layer, positional(layer, inputs, named), kept, drawn)
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 
@@ -517,15 +527,15 @@ class Trace:
         self._count(ACTIVATION_BACKWARD)
 
 
-def _positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
+def positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
     """A call's inputs in the order of the module's ``forward``, which is how they are kept."""
     if not named:
         return inputs
-    bound = inspect.signature(layer.module.forward).bind(*inputs, **named)
+    bound = inspect.signature(type(layer.module).forward).bind(layer.module, *inputs, **named)
     if any(name in bound.kwargs for name in named):
         raise Untraceable(layer, f"is called with what has no position ({', '.join(bound.kwargs)})")
     bound.apply_defaults()
-    return bound.args
+    return bound.args[1:]
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class Objective:
         self.penalty = dict(penalty or {})
         self.max_norm = max_norm
         self.gradient_equivalents = 0.0
+        self.rows_mix = False  # whether outputs of layers have been seen whose rows are not examples
         self._layers = None
         self._trained: list[bool] | None = None  # which parameters were when the layers were found to be right
 
@@ -115,7 +116,9 @@ class Objective:
             self._parameters = list(self.model.parameters())
         trained = [p.requires_grad for p in self._parameters]
         if trained != self._trained:
-            self._layers, self._trained = accounting_layers(minibatch), trained
+            self.rows_mix = False
+            self._layers, self.rows_mix = accounting_layers(minibatch)
+            self._trained = trained
         return self._layers
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Minibatch:
@@ -167,7 +170,9 @@ class Minibatch:
     @property
     def mixing(self) -> bool:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
-        return self.rows is not None or any(isinstance(layer, LinearGraphLayer) for layer in self.objective.layers)
+        objective = self.objective
+        graph = any(isinstance(layer, LinearGraphLayer) for layer in objective.layers)
+        return self.rows is not None or objective.rows_mix or graph
 
     @property
     def complete(self) -> bool:
@@ -234,9 +239,9 @@ class Minibatch:
         return self._sample(((first + stride * torch.arange(m // stride, device=device)) % m).sort().values)
 
     def first(self, count: int) -> Minibatch:
-        """The first examples; all of them where an input has not a row per example, or rows depend on one another."""
+        """So many at most, and not all if there are three; all where they cannot be told from one another."""
         apart = not self.mixing and all(getattr(x, "shape", ())[:1] == (self.size,) for x in self.inputs)
-        return self._sample(slice(count)) if apart else self
+        return self._sample(slice(min(count, self.size - 1))) if apart and self.size > 2 else self
 
     def _sample(self, index: Tensor | slice) -> Minibatch:
         sample = copy.copy(self)

@@ -43,6 +43,7 @@ from optimizers.layers import (
     RandomState,
     Trace,
     frozen_statistics,
+    positional,
 )
 from optimizers.objective import Minibatch
 
@@ -118,8 +119,9 @@ class Curvature:
         """A layer's forward in the tangent pass: outputs with tangents; its second derivative joins the terms."""
         original = module.__dict__.get("forward")
 
-        def forward(*inputs) -> Tensor:
+        def forward(*inputs, **named) -> Tensor:
             call = next(calls)
+            inputs = positional(call.layer, inputs, named)
             x, tangent = _with_tangent(inputs[0])
             u = [direction[p] for p in call.layer.parameters]
             rule = _rule(call.layer)

@@ -92,6 +92,70 @@ def vectors():
     return torch.randn(12, 5)
 
 
+class ZeroHead(nn.Module):
+    """A weight used twice behind a head that starts at zero, so that no gradient reaches it at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)) @ self.first.weight)
+
+
+class Counted(nn.Module):
+    """A buffer that training moves, and one that it replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        z = self.linear(x)
+        self.mean.lerp_(z.detach().mean(0), 0.1)
+        self.calls = self.calls + 1
+        return z
+
+
+class Positions(nn.Module):
+    """A layer called on as many positions as there are examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 3), nn.Embedding(12, 3)
+
+    def forward(self, words):
+        return torch.tanh(self.words(words) + self.places(torch.arange(12))).mean(1)
+
+
+class Attending(nn.Module):
+    """Attention by a function that has one derivative, over rows that are tokens, with a mask for an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(5, 12), nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v, mask)[:, 0]).flatten(0, 1)
+
+
+class Odd(nn.Module):
+    """A layer on a vector, and one called where nothing is differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z, self.of_vector, self.frozen_call = nn.Parameter(torch.ones(4)), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            fixed = self.frozen_call(x)
+        return self.frozen_call(x * self.of_vector(self.z)) + fixed
+
+
 MODELS = {  # and the layers that must be lifted
     "no tie": (Words, words, []),
     "tied by modules": (lambda: Words("by modules"), words, ["embedding"]),
@@ -99,6 +163,9 @@ MODELS = {  # and the layers that must be lifted
     "lstm": (lambda: Words(middle=nn.LSTM(8, 8, batch_first=True)), words, ["middle"]),
     "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, ["embedding", "middle"]),
     "loose": (Loose, vectors, ["weights"]),
+    "a head of zero": (ZeroHead, vectors, ["first"]),
+    "positions": (Positions, lambda: torch.randint(9, (12, 12)), []),
+    "odd": (Odd, vectors, []),
     "named arguments": (Named, vectors, []),
     "by name only": (ByNameOnly, vectors, ["masked"]),
     "standardised": (
@@ -175,15 +242,15 @@ def test_a_lifted_layer_draws_the_masks_of_the_forward_pass_again(name):
         torch.testing.assert_close(slopes[layer], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["tied by modules", "instance", "spectral norm"])
+@pytest.mark.parametrize("name", ["tied by modules", "a head of zero", "instance", "spectral norm", "counted"])
 def test_accounting_leaves_no_trace(name):
-    build, inputs, _ = MODELS[name]
+    build, inputs, _ = MODELS.get(name, (Counted, vectors, []))
     batch = minibatch(build(), inputs())
-    before = {name: b.clone() for name, b in batch.objective.model.named_buffers()}
+    before = {name: b.clone() for name, b in batch.objective.model.state_dict().items()}
     random_state = torch.get_rng_state()
     batch.objective.account(batch)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(torch.equal(b, before[name]) for name, b in batch.objective.model.named_buffers())
+    assert all(torch.equal(b, before[name]) for name, b in batch.objective.model.state_dict().items())
     assert all(p.grad is None for p in batch.objective.model.parameters())
     assert batch.objective.gradient_equivalents == 0
 
@@ -241,3 +308,47 @@ def test_sampled_curvature_of_a_tied_weight_counts_both_of_its_uses():
     exact = ExactGaussNewton()(batch, batch.trace(), directions).diagonal()
     draws = torch.stack([SampledFisher()(batch, batch.trace(), directions).diagonal() for _ in range(400)])
     assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 400**0.5).all()
+
+
+def test_as_many_positions_as_examples_are_not_taken_for_examples():
+    torch.manual_seed(0)
+    batch = minibatch(Positions(), torch.randint(9, (12, 12)))
+    layers = batch.objective.account(batch)
+    assert batch.mixes(batch.trace())
+    apart = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    directions = {layer: [apart.expand_as(p) for p in layer.parameters] for layer in layers}
+    exact = ExactGaussNewton()(batch, batch.trace(), directions).diagonal()
+    draws = torch.stack([SampledFisher()(batch, batch.trace(), directions).diagonal() for _ in range(300)])
+    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 300**0.5).all()
+
+
+def test_a_mask_of_as_many_rows_as_examples_is_not_taken_for_examples():
+    """Nor does the default estimator ask attention for a second derivative."""
+    torch.manual_seed(0)
+    model, mask = Attending(), torch.ones(40, 40, dtype=torch.bool).tril()
+    objective, optimizer = Objective(model, Categorical()), LWSGDm(model.parameters())
+    x, y = torch.randn(40, 40, 5), torch.randint(3, (1600,))
+    losses = [optimizer.step(objective((x, mask), y)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(Odd, name) for name in ("kfac", "back_matching", "shampoo", "lw_adamw")]
+    + [(Named, name) for name in ("kfac", "kbfgs", "back_matching", "curvature_rescaling", "lw_adamw")],
+)
+@pytest.mark.filterwarnings("ignore:layer .* takes the plain gradient")
+def test_calls_on_vectors_by_name_and_without_derivative(name, build):
+    torch.manual_seed(0)
+    model = build()
+    optimizer, objective = cases.build(name, model.parameters()), Objective(model, Categorical(), population=1000)
+    x, y = vectors(), torch.randint(3, (12,))
+    assert torch.stack([optimizer.step(objective(x, y)) for _ in range(3)]).isfinite().all()
+
+
+def test_a_sparse_gradient_is_refused():
+    model = nn.Sequential(nn.Embedding(9, 3, sparse=True), nn.Flatten())
+    with pytest.raises(Untraceable, match=r"layer '0' .* sparse gradient"):
+        LWSGDm(model.parameters()).step(
+            Objective(model, Categorical())(torch.randint(9, (12, 1)), torch.zeros(12).long())
+        )

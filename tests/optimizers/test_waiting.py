@@ -40,7 +40,9 @@ def steps(name: str, population: int | None) -> None:
 def without_what_waits_once(monkeypatch):
     """Layers are checked once, by numbers that are read."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
-    monkeypatch.setattr(objective, "accounting_layers", lambda minibatch: find_layers(minibatch.objective.model))
+    monkeypatch.setattr(
+        objective, "accounting_layers", lambda minibatch: (find_layers(minibatch.objective.model), False)
+    )
 
 
 @pytest.mark.parametrize("population", [None, 24], ids=["minibatch", "full batch"])
