@@ -135,7 +135,7 @@ def test_exact_least_squares_where_second_moments_are_multiples_of_the_identity(
 def test_rates_are_measured_now_and_then_and_averaged():
     model = small_network(torch.float64)
     objective = small_objective(model)
-    optimizer = BackMatching(model.parameters(), lr=1e-3, momentum=0.9, every=3)
+    optimizer = BackMatching(model.parameters(), lr=1e-3, momentum=0.9, every=3, settling=3)
     work = []
     for _ in range(7):
         optimizer.step(objective(*small_batch(torch.float64)))
