@@ -12,6 +12,7 @@ from optimizers.curvature import ExactGaussNewton, GaussNewton
 from tests.optimizers.cases import UNBOUNDED, least_squares, small_batch, small_network, small_objective
 
 BOTH = pytest.mark.parametrize("method", [LWSGDm, LWAdamW])
+pytestmark = pytest.mark.filterwarnings("ignore:LW.* starts with lr=1e-30")
 GREEDY = {"sigma": 1.0, "averaging": 0.0, "trust": 1e9, "share": 1.0} | UNBOUNDED
 
 
