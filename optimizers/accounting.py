@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from optimizers.layers import Call, Layer, RandomState, Trace, Untraceable, find_layers, frozen_statistics
+from optimizers.layers import Layer, Untraceable, find_layers
+from optimizers.replay import RandomState, frozen_statistics
+from optimizers.trace import Call, Trace
 
 if TYPE_CHECKING:
     from optimizers.objective import Minibatch

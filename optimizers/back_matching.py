@@ -62,8 +62,9 @@ import torch
 from torch import Tensor
 
 from optimizers.layered import LayeredOptimizer, check
-from optimizers.layers import WEIGHT_GRADIENT, Call, Layer, Trace
+from optimizers.layers import WEIGHT_GRADIENT, Layer
 from optimizers.objective import Minibatch
+from optimizers.trace import Call, Trace
 
 
 class BackMatching(LayeredOptimizer):
@@ -113,7 +114,7 @@ class BackMatching(LayeredOptimizer):
             loss = closure.fill_gradients(trace, retain_graph=True)
             self._average(*backward_gains(closure, trace))
         else:
-            loss = self.evaluate(closure)
+            loss = self.fill_gradients(closure)
         rates["step"] += 1
         for layer, rate in zip(layers, rates["rate"].unbind(), strict=True):
             for p in layer.parameters:

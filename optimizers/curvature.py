@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 
 from optimizers.layered import check
-from optimizers.layers import HESSIAN_VECTOR_PRODUCT, TANGENT, Call, Layer, Trace
+from optimizers.layers import HESSIAN_VECTOR_PRODUCT, TANGENT, Layer
 from optimizers.objective import Minibatch
+from optimizers.trace import Call, Trace
 
 Directions = Mapping[Layer, list[Tensor]]
 

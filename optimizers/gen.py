@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from optimizers.layered import check
-from optimizers.layers import RandomState
 from optimizers.objective import Minibatch
+from optimizers.replay import RandomState
 
 
 class GeN(torch.optim.Optimizer):

@@ -59,17 +59,11 @@ from torch import Tensor
 from optimizers.kfac import factor_rows, is_factored, warn_of_plain_gradient
 from optimizers.kronecker import Block, homogeneous_block, tensor_block
 from optimizers.layered import LayeredOptimizer, check
-from optimizers.layers import (
-    Call,
-    ConvolutionLayer,
-    Layer,
-    LinearGraphLayer,
-    RandomState,
-    Trace,
-    frozen_statistics,
-)
+from optimizers.layers import ConvolutionLayer, Layer, LinearGraphLayer
 from optimizers.objective import Minibatch
 from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
+from optimizers.replay import RandomState, frozen_statistics
+from optimizers.trace import Call, Trace
 
 
 class KBFGS(LayeredOptimizer):

@@ -43,8 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optimizers.kronecker import Block, Kronecker, Statistics, homogeneous_block, tensor_block
-from optimizers.layers import Call, ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer, NormalisationLayer, rows
+from optimizers.layers import ConvolutionLayer, Layer, LinearGraphLayer, LinearLayer, NormalisationLayer, rows
 from optimizers.objective import Minibatch
+from optimizers.trace import Call
 
 
 class KFAC(Kronecker):

@@ -46,8 +46,9 @@ import torch
 from torch import Tensor
 
 from optimizers.layered import LayeredOptimizer, check
-from optimizers.layers import Layer, frozen_statistics
+from optimizers.layers import Layer
 from optimizers.objective import Minibatch
+from optimizers.replay import frozen_statistics
 
 
 class Block:
@@ -141,7 +142,7 @@ class Kronecker(LayeredOptimizer):
             loss, statistics = self._measure(closure)
             self._average(statistics, 1 - self.averaging)
         else:
-            loss = self.evaluate(closure)
+            loss = self.fill_gradients(closure)
         early = self.refresh_early and updating and step < self.refresh_every
         if changed or early or step % self.refresh_every == 0:
             self._refresh()

@@ -52,7 +52,7 @@ class LayerSpecific(LayeredOptimizer):
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
         layers = self.find_layers(closure)
-        loss = self.evaluate(closure)
+        loss = self.fill_gradients(closure)
         gradients = [[self.decayed_gradient(p) for p in layer.parameters] for layer in layers]
         norms = torch.stack([torch.stack(torch._foreach_norm(gs)).norm() for gs in gradients])
         self._multipliers = rate_multiplier(norms)

@@ -69,7 +69,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
         """A number that tells by their names which layers there are; torch loads no text in states."""
         return zlib.crc32("\n".join(layer.name for layer in self._layers).encode())
 
-    def evaluate(self, closure: Minibatch) -> Tensor:
+    def fill_gradients(self, closure: Minibatch) -> Tensor:
         """Fill the layers' ``.grad``, with zero where the loss does not depend on a parameter; the loss."""
         loss = closure()
         for layer in self._layers:

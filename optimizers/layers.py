@@ -1,4 +1,4 @@
-r"""Layers, and what each one saw in a forward pass.
+r"""Layers: modules that own trainable parameters, and the rules of each kind.
 
 A *layer* is a module that owns trainable parameters. Every curvature method of this package (layer-wise steps, KFAC,
 K-BFGS, back-matching ...) needs the same few things of it, for a loss summed over the examples of a minibatch:
@@ -7,25 +7,21 @@ K-BFGS, back-matching ...) needs the same few things of it, for a loss summed ov
 * its weight gradient, a bilinear function of the two: ``gradient(a, δ)``,
 * its local tangent ``ż = (∂z/∂θ) d``: how the output moves with the layer's own parameters, its input held fixed.
 
-They are captured here and nowhere else: ``Trace`` runs one forward pass and puts a *tap* behind each layer's output. A
-tap is the identity; in a backward pass it hands ``(call, δ)`` to a visitor and lets ``δ`` flow on. ``Trace.backward``
-asks autograd for nothing but the taps, so it propagates derivatives of activations only (one third of a gradient) and
-forms no weight gradients; the visitor forms those that it wants, and nothing per-example outlives its layer.
+Input and derivative are captured in ``optimizers.trace`` and nowhere else.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import is_parametrized
+
+from optimizers.replay import frozen_statistics
 
 # Work in gradient-equivalents: one forward and one full backward pass make 1. Counted by construction of the method.
 FORWARD = ACTIVATION_BACKWARD = WEIGHT_GRADIENT = TANGENT = 1 / 3
@@ -45,30 +41,6 @@ class Ghost(NamedTuple):
 
     shape: torch.Size
     grad_fn: torch.autograd.graph.Node
-
-
-class RandomState:
-    """The state of torch's global generators, so that a second forward pass draws the first one's dropout masks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.devices = [device] if device.type == "cuda" else []
-        self.cpu = torch.get_rng_state()
-        self.cuda = [torch.cuda.get_rng_state(device) for device in self.devices]
-
-    def has_advanced(self) -> bool:
-        """Whether random numbers have been drawn since."""
-        now = RandomState(self.device)
-        return not all(map(torch.equal, [self.cpu, *self.cuda], [now.cpu, *now.cuda]))
-
-    @contextmanager
-    def replayed(self):
-        """Within: the state as it was. After: as before."""
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.cpu)
-            for device, state in zip(self.devices, self.cuda, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
 
 
 class Untraceable(TypeError):
@@ -317,252 +289,3 @@ def find_layers(model: nn.Module) -> list[Layer]:
             seen.update(parameters.values())
             layers.append(kind(name, module, parameters))
     return layers
-
-
-class Call:
-    """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap).
-
-    ``random_state`` is that before the call, of one that has drawn random numbers.
-
-    Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
-    out in the parameters' own, so that curvature is computed and kept in it.
-    """
-
-    def __init__(
-        self, layer: Layer, inputs: tuple, output: Tensor | Ghost, random_state: RandomState | None = None
-    ) -> None:
-        self.layer = layer
-        self._inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-        self.output = output
-        self._random_state = random_state
-
-    @property
-    def inputs(self) -> tuple:
-        return tuple(self.precise(x) if isinstance(x, Tensor) else x for x in self._inputs)
-
-    @inputs.setter
-    def inputs(self, inputs: tuple) -> None:
-        self._inputs = inputs
-
-    def precise(self, x: Tensor) -> Tensor:
-        """The same in the parameters' precision, where it has a lower one."""
-        return x.to(self.layer.parameters[0].dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
-
-    def gradient(self, delta: Tensor) -> list[Tensor]:
-        return self.layer.gradient(self.inputs, self.output, delta)
-
-    def tangent(self, direction: Sequence[Tensor]) -> Tensor:
-        if self._random_state is None:
-            return self.layer.tangent(self.inputs, self.output, direction)
-        with self._random_state.replayed():
-            return self.layer.tangent_by_reverse(self.inputs, direction)
-
-    def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
-        """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
-        product = self.tangent(direction).mul_(delta)
-        return product.flatten(1).sum(1) if product.dim() > 1 else product
-
-
-class _Visitor:
-    """Whom the taps of one trace report to. Holds no tensors, so that taps and their graph form no reference cycle."""
-
-    visit: Callable[[Call, Tensor], None] | None = None
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; backward reports its derivative to the visitor. The anchor makes autograd reach every tap."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, anchor: Tensor, call: Call, visitor: _Visitor) -> Tensor:
-        ctx.call, ctx.visitor = call, visitor
-        return output.detach()  # the same memory; an in-place activation behind the layer stays legal
-
-    @staticmethod
-    def backward(ctx, delta: Tensor):
-        if ctx.visitor.visit is not None:
-            precise = ctx.call.precise(delta)
-            with torch.no_grad():
-                ctx.visitor.visit(ctx.call, precise)
-        return delta, None, None, None
-
-
-class Trace:
-    """One forward pass of a model with a tap behind every layer.
-
-    Args:
-        model: called as ``model(*inputs)``.
-        layers: the layers to tap.
-        inputs: the model's inputs.
-        count: called with the work of each pass, in gradient-equivalents.
-        keep_outputs: whether calls hold their outputs, or only what tangents ask of them: autograd itself does not
-            keep them all.
-
-    Attributes:
-        outputs: the model's outputs, with graph.
-        calls: the layers' calls in forward order; a layer used twice has two.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        inputs: tuple,
-        count: Callable[[float], None],
-        keep_outputs: bool = True,
-    ) -> None:
-        if not layers:
-            raise ValueError("the model has no trainable parameters, so there is no layer to trace; unfreeze some")
-        self.calls: list[Call] = []
-        self._layers = layers
-        self._count = count
-        self._keep_outputs = keep_outputs
-        self._visitor = _Visitor()
-        self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
-        handles = [handle for layer in layers for handle in self._tapped(layer)]
-        try:
-            with torch.enable_grad():
-                self.outputs = model(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        count(FORWARD)
-
-    def _tapped(self, layer: Layer) -> list:
-        """Hooks that capture the layer's calls; the handles that remove them."""
-        # a module of no known kind may draw random numbers, which its tangent has to draw again
-        states, may_draw = [], type(layer) is Layer and layer.module.training
-
-        def remember(module: nn.Module, inputs: tuple) -> None:
-            states.append(RandomState(self._anchor.device))
-
-        def tap(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():  # what the loss does not depend on by this call
-                return output
-            if not isinstance(output, Tensor):
-                raise Untraceable(layer, f"returns {type(output).__name__}; only what returns one tensor can be traced")
-            kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
-            state = states.pop() if may_draw else None
-            drawn = state if state is not None and state.has_advanced() else None
-            call = Call(layer, positional(layer, inputs, named), kept, drawn)
-            self.calls.append(call)
-            return _Tap.apply(output, self._anchor, call, self._visitor)
-
-        before = [layer.module.register_forward_pre_hook(remember)] if may_draw else []
-        return [*before, layer.module.register_forward_hook(tap, with_kwargs=True)]
-
-    def gradients(
-        self, root: Tensor, cotangent: Tensor | None = None, retain_graph: bool = False
-    ) -> dict[Layer, list[Tensor]]:
-        """Weight gradients ``∂⟨cotangent, root⟩/∂θ`` of every layer; zero where the root does not depend on it.
-
-        Args:
-            root: the outputs, or a number made of them, with graph.
-            cotangent: the root's shape; None: 1, of a number.
-            retain_graph: keep the graph for another backward pass.
-        """
-        parameters = [p for layer in self._layers for p in layer.parameters]
-        flat = torch.autograd.grad(
-            root, parameters, cotangent, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-        )
-        self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
-        flat = iter(flat)
-        return {layer: [next(flat) for _ in layer.parameters] for layer in self._layers}
-
-    def each_gradient(
-        self, root: Tensor, visit: Callable[[nn.Parameter, Tensor], None], retain_graph: bool = False
-    ) -> None:
-        """``gradients`` of a number in passing: ``visit(parameter, gradient)`` as soon as there is one.
-
-        Where the graph is not kept, nor are the outputs: their memory is the gradients'.
-        """
-        parameters = [p for layer in self._layers for p in layer.parameters]
-        present = [p.grad for p in parameters]
-        if not retain_graph:
-            self.outputs = None
-
-        def take(p: nn.Parameter) -> None:
-            gradient, p.grad = p.grad, None
-            with torch.no_grad():
-                visit(p, gradient)
-
-        handles = [p.register_post_accumulate_grad_hook(take) for p in parameters]
-        try:
-            for p in parameters:
-                p.grad = None
-            torch.autograd.backward(root, retain_graph=retain_graph, inputs=parameters)
-        finally:
-            for p, handle, gradient in zip(parameters, handles, present, strict=True):
-                handle.remove()
-                p.grad = gradient
-        self._count(ACTIVATION_BACKWARD + WEIGHT_GRADIENT)
-
-    def backward(
-        self,
-        cotangent: Tensor,
-        visit: Callable[[Call, Tensor], None],
-        retain_graph: bool = False,
-        create_graph: bool = False,
-    ) -> None:
-        """Propagate ``∂(Σ_i loss_i)/∂outputs`` back to all layers' outputs, and no weight gradients.
-
-        Args:
-            cotangent: the outputs' shape.
-            visit: called with each call and its ``δ``, last layer first.
-            retain_graph: keep the graph for another backward pass.
-            create_graph: keep it, and let every ``δ`` have one of its own, back to the cotangent.
-        """
-        retain_graph = retain_graph or create_graph
-        self._visitor.visit = visit
-        try:
-            torch.autograd.grad(
-                self.outputs,
-                self._anchor,
-                cotangent,
-                retain_graph=retain_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        finally:
-            self._visitor.visit = None
-        self._count(ACTIVATION_BACKWARD)
-
-
-def positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
-    """A call's inputs in the order of the module's ``forward``, which is how they are kept."""
-    if not named:
-        return inputs
-    bound = inspect.signature(type(layer.module).forward).bind(layer.module, *inputs, **named)
-    if any(name in bound.kwargs for name in named):
-        raise Untraceable(layer, f"is called with what has no position ({', '.join(bound.kwargs)})")
-    bound.apply_defaults()
-    return bound.args[1:]
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module):
-    """What training mode keeps track of stands still, the mode does not change: for second forward passes in one step.
-
-    That is BatchNorm's and InstanceNorm's running statistics, and spectral normalisation's singular vectors.
-    """
-    with ExitStack() as stack:
-        for m in module.modules():
-            if not m.training:
-                continue
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats:
-                stack.enter_context(_set(m, "track_running_stats", False))
-            elif isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.track_running_stats:
-                stack.enter_context(_set(m, "momentum", 0.0))
-            elif isinstance(m, _SpectralNorm):
-                stack.enter_context(_set(m, "training", False))
-        yield
-
-
-@contextmanager
-def _set(module: nn.Module, name: str, value):
-    """Within, an attribute is another."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)

@@ -144,8 +144,10 @@ from optimizers.averages import Averages
 from optimizers.bounds import Bounds, Layers, Signal
 from optimizers.curvature import GaussNewton
 from optimizers.layered import LayeredOptimizer, check, dot
-from optimizers.layers import Layer, NormalisationLayer, RandomState, Trace, frozen_statistics
+from optimizers.layers import Layer, NormalisationLayer
 from optimizers.objective import Minibatch
+from optimizers.replay import RandomState, frozen_statistics
+from optimizers.trace import Trace
 
 
 class Line(NamedTuple):
@@ -299,7 +301,7 @@ class Layerwise(LayeredOptimizer):
         search["step"] += 1
         if measures:
             return self._measured_step(closure, search)
-        loss = self.evaluate(closure)
+        loss = self.fill_gradients(closure)
         self._take_in_gradients()
         self._descend(search)
         return loss

@@ -41,7 +41,7 @@ class MBF(Kronecker):
         return [Block(layer, [p], p.shape[:2] if p.dim() > 2 else p.shape[:1]) for p in layer.parameters]
 
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
-        loss = self.evaluate(minibatch)
+        loss = self.fill_gradients(minibatch)
         gradients = {block: block.join(p.grad for p in block.parameters) for block in self._blocks}
         return loss, {block: [self._statistic(block, gradient)] for block, gradient in gradients.items()}
 

@@ -22,16 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from optimizers.accounting import accounting_layers
-from optimizers.layers import (
-    ACTIVATION_BACKWARD,
-    FORWARD,
-    WEIGHT_GRADIENT,
-    Layer,
-    LinearGraphLayer,
-    Trace,
-    find_layers,
-    frozen_statistics,
-)
+from optimizers.layers import ACTIVATION_BACKWARD, FORWARD, WEIGHT_GRADIENT, Layer, LinearGraphLayer, find_layers
+from optimizers.replay import frozen_statistics
+from optimizers.trace import Trace
 
 
 class Likelihood(Protocol):

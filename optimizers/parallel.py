@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from optimizers.layers import NORMALISATIONS, Trace
+from optimizers.layers import NORMALISATIONS
 from optimizers.objective import Minibatch, Objective
+from optimizers.trace import Trace
 
 
 class DataParallel(Objective):

@@ -34,7 +34,7 @@ class Shampoo(Kronecker):
         return [tensor_block(layer, p) for p in layer.parameters]
 
     def _measure(self, minibatch: Minibatch) -> tuple[Tensor, Statistics]:
-        loss = self.evaluate(minibatch)
+        loss = self.fill_gradients(minibatch)
         return loss, {block: mode_grams(block.join([block.parameters[0].grad])) for block in self._blocks}
 
     def _exponent(self, block: Block) -> float:

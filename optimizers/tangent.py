@@ -31,21 +31,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optimizers.layered import dot
-from optimizers.layers import (
-    FORWARD,
-    TANGENT,
-    Call,
-    ConvolutionLayer,
-    EmbeddingLayer,
-    Layer,
-    LinearGraphLayer,
-    LinearLayer,
-    RandomState,
-    Trace,
-    frozen_statistics,
-    positional,
-)
+from optimizers.layers import FORWARD, TANGENT, ConvolutionLayer, EmbeddingLayer, Layer, LinearGraphLayer, LinearLayer
 from optimizers.objective import Minibatch
+from optimizers.replay import RandomState, frozen_statistics
+from optimizers.trace import Call, Trace, positional
 
 _BILINEAR = (LinearLayer, ConvolutionLayer, LinearGraphLayer, EmbeddingLayer)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm

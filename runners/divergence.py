@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optimizers.layers import frozen_statistics
+from optimizers.replay import frozen_statistics
 
 
 class NotFinite(ArithmeticError):

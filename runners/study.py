@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from models.likelihoods import Categorical, Gaussian
 from optimizers import LWSGDm, Objective, curvature
-from optimizers.layers import RandomState, Trace, frozen_statistics
 from optimizers.objective import Minibatch
+from optimizers.replay import RandomState, frozen_statistics
+from optimizers.trace import Trace
 from runners.config import resolve
 from runners.record import replace_file
 from runners.trainer import Trainer

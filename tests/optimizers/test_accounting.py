@@ -8,9 +8,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from models.likelihoods import Categorical, Gaussian
 from optimizers.curvature import ExactGaussNewton, SampledFisher
-from optimizers.layers import Untraceable, frozen_statistics
+from optimizers.layers import Untraceable
 from optimizers.lw_sgdm import LWSGDm
 from optimizers.objective import Objective
+from optimizers.replay import frozen_statistics
 from tests.optimizers import cases
 
 

@@ -14,7 +14,8 @@ from optimizers.curvature import (
     RandomSignHessian,
     SampledFisher,
 )
-from optimizers.layers import find_layers, frozen_statistics
+from optimizers.layers import find_layers
+from optimizers.replay import frozen_statistics
 
 
 class Graph(nn.Module):

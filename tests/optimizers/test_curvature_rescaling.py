@@ -10,7 +10,7 @@ from models.likelihoods import Bernoulli, Categorical, Gaussian
 from models.resnet import ResNet
 from optimizers import Objective
 from optimizers.curvature_rescaling import RescaledAdam, RescaledSGD
-from optimizers.layers import RandomState
+from optimizers.replay import RandomState
 from optimizers.tangent import Curvature, hessian_quadratic
 from tests.optimizers.cases import least_squares, small_batch, small_network, small_objective
 

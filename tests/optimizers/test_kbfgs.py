@@ -8,8 +8,8 @@ from torch import nn
 from models.likelihoods import Bernoulli, Categorical, Gaussian
 from optimizers import Objective
 from optimizers.kbfgs import KBFGS, KBFGSL
-from optimizers.layers import frozen_statistics
 from optimizers.quasi_newton import bfgs, double_damping, is_good, lbfgs
+from optimizers.replay import frozen_statistics
 from tests.optimizers.cases import small_batch, small_network, small_objective
 
 BOTH = pytest.mark.parametrize("method", [KBFGS, KBFGSL])

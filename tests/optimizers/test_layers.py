@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from optimizers.layers import Trace, find_layers, frozen_statistics
+from optimizers.layers import find_layers
+from optimizers.replay import frozen_statistics
+from optimizers.trace import Trace
 
 torch_double = torch.float64
 
