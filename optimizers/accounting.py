@@ -27,8 +27,9 @@ from optimizers.trace import Call, Trace
 if TYPE_CHECKING:
     from optimizers.objective import Minibatch
 
-#: Of the sum of its terms' absolute values, by how much the sum may differ: half precision in a model's forward.
-TOLERANCE = 1e-2
+#: Of the sum of its terms' absolute values, by how much the sum may differ: half precision in a model's forward,
+#: and so many roundings of the parameters' own.
+TOLERANCE, ROUNDINGS = 1e-2, 10
 
 #: Enough to tell, and of less memory than a step.
 EXAMPLES = 32
@@ -46,7 +47,7 @@ def accounting_layers(minibatch: Minibatch) -> tuple[list[Layer], bool]:
     layers = find_layers(model)
     if not layers:
         return layers, False
-    with RandomState(layers[0].parameters[0].device).replayed(), frozen_statistics(model), _as_it_was(model):
+    with RandomState(layers[0].parameters[0].device).replayed(), frozen_statistics(model), _no_zeros(model):
         some = minibatch.first(EXAMPLES)
         if some is minibatch:
             return _accounting(layers, minibatch), False
@@ -66,9 +67,8 @@ def _accounting(layers: list[Layer], minibatch: Minibatch) -> list[Layer]:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module):
-    """Within, parameters of zero are not, for a gradient of zero tells nothing. After, buffers are what they were."""
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+def _no_zeros(model: nn.Module):
+    """Within, parameters of zero are not, for a gradient of zero tells nothing."""
     zero = [p for p in model.parameters() if p.requires_grad and not p.any()]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -79,8 +79,6 @@ def _as_it_was(model: nn.Module):
         finally:
             for p in zero:
                 p.zero_()
-            for module, name, buffer, values in buffers:
-                module._buffers[name] = buffer.copy_(values)
 
 
 def _trace(minibatch: Minibatch, layers: list[Layer]) -> Trace:
@@ -106,7 +104,8 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
             raise
         return [error.layer]
     seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
-    differ = (seen - lengths).abs() > TOLERANCE * torch.maximum(size, lengths)  # of what is not finite nothing is known
+    tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(layers[0].parameters[0].dtype).eps)
+    differ = (seen - lengths).abs() > tolerance * torch.maximum(size, lengths)  # of what is not finite nothing is known
     return [layer for layer, differs in zip(layers, differ.tolist(), strict=True) if differs]
 
 
@@ -123,7 +122,11 @@ def _normalise(layer: Layer, gradient: list[Tensor]) -> Tensor:
 def _lifted(layer: Layer, model: nn.Module) -> Layer:
     """The same parameters in the calls of the module around."""
     if layer.module is model:
-        raise Untraceable(layer, f"has a gradient in '{layer.names[0]}' that the model's call does not account for")
+        raise Untraceable(
+            layer,
+            f"has a gradient in '{layer.names[0]}' that the model's call does not account for: something makes it "
+            "another than the loss's (scale_grad_by_freq=True, a hook, a function with a backward pass of its own)",
+        )
     path = next(name for name, module in model.named_modules() if module is layer.module)
     around, _, name = path.rpartition(".")
     parameters = {f"{name}.{n}": p for n, p in zip(layer.names, layer.parameters, strict=True)}

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from optimizers.layered import LayeredOptimizer, check, dot
 from optimizers.objective import Minibatch
-from optimizers.tangent import Curvature
+from optimizers.tangent import Curvature, named_where_missing
 
 
 class CurvatureRescaling(LayeredOptimizer):
@@ -62,14 +62,16 @@ class CurvatureRescaling(LayeredOptimizer):
 
         Raises:
             RuntimeError: at the first step, for a model whose curvature can not be seen whole; see the module.
+            NotImplementedError: a derivative that torch does not have.
         """
         self.find_layers(closure)
         curvature = Curvature(closure, self.recompute)
         gradients = {p: self.decayed_gradient(p) for layer in self._layers for p in layer.parameters}
         u = {p: self._direction(p, g) for p, g in gradients.items()}
-        c = curvature(u)
-        if not self._averages:
-            curvature.check(u, c)
+        with named_where_missing():
+            c = curvature(u)
+            if not self._averages:
+                curvature.check(u, c)
         for group in self.param_groups:  # the decay's own curvature
             if group["weight_decay"]:
                 chosen = [u[p] for p in group["params"] if p in u]

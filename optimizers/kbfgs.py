@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optimizers.kfac import factor_rows, is_factored, warn_of_plain_gradient
-from optimizers.kronecker import Block, homogeneous_block, tensor_block
+from optimizers.kronecker import Block, check_precision, homogeneous_block, tensor_block
 from optimizers.layered import LayeredOptimizer, check
 from optimizers.layers import ConvolutionLayer, Layer, LinearGraphLayer
 from optimizers.objective import Minibatch
@@ -106,6 +106,7 @@ class KBFGS(LayeredOptimizer):
 
         Raises:
             NotImplementedError: a layer that the method does not support.
+            TypeError: parameters of half precision.
         """
         self._find_blocks(closure)
         random_state = RandomState(self._layers[0].parameters[0].device)
@@ -166,6 +167,7 @@ class KBFGS(LayeredOptimizer):
         known = self._layers
         layers = self.find_layers(minibatch)
         if layers is not known:
+            check_precision(layers)
             self._blocks = {layer: homogeneous_block(layer) for layer in layers if _has_factors(layer)}
             others = [layer for layer in layers if layer not in self._blocks]
             for layer in others:

@@ -133,7 +133,7 @@ class Kronecker(LayeredOptimizer):
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
             NotImplementedError: a layer that the method does not support.
-            ValueError: a trainable parameter that is in no group.
+            TypeError: a trainable parameter that is in no group.
         """
         changed = self._find_blocks(closure)
         step = self.state[self.first].get("step_count", 0)
@@ -202,6 +202,7 @@ class Kronecker(LayeredOptimizer):
         layers = self.find_layers(minibatch)
         if layers is known:
             return False
+        check_precision(layers)
         before = {block.parameters[0]: len(block.parameters) for block in self._blocks}
         self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
         other = [block.parameters for block in self._blocks if before.get(block.parameters[0]) != len(block.parameters)]
@@ -269,6 +270,21 @@ class Kronecker(LayeredOptimizer):
 
     def _momentum(self, p: Tensor) -> Tensor:
         return self.buffer(p).mul_(self.group(p)["momentum"]).add_(p.grad)
+
+
+def check_precision(layers: Iterable[Layer]) -> None:
+    """Refuse parameters in which no matrix can be factored.
+
+    Raises:
+        TypeError: a layer has parameters of half precision.
+    """
+    for layer in layers:
+        for name, p in zip(layer.names, layer.parameters, strict=True):
+            if p.dtype in (torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"'{layer.name}.{name}' is {p.dtype}, in which matrices cannot be inverted: keep float32 "
+                    "parameters and put autocast into the model's forward"
+                )
 
 
 def damped_power(stack: Tensor, damping: Tensor, exponent: float) -> tuple[Tensor, Tensor, Tensor]:

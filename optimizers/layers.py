@@ -217,6 +217,13 @@ class EmbeddingLayer(Layer):
         return F.embedding(inputs[0], direction[0])
 
 
+class EmbeddingBagLayer(Layer):
+    """``z``: sums or means of rows of ``W``, by bag; linear in ``W``, and torch has no other derivative of it."""
+
+    def tangent(self, inputs, output, direction):
+        return torch.func.functional_call(self.module, {"weight": direction[0]}, inputs)
+
+
 class LinearGraphLayer(Layer):
     """A graph convolution, linear in all parameters below it: ``ż`` is the layer with the direction for parameters."""
 
@@ -245,6 +252,8 @@ def _kind(module: nn.Module) -> type[Layer]:
         return NormalisationLayer
     if kind is nn.Embedding and module.padding_idx is None and module.max_norm is None:
         return EmbeddingLayer
+    if kind is nn.EmbeddingBag and module.mode != "max" and module.max_norm is None:
+        return EmbeddingBagLayer
     return Layer
 
 

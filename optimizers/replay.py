@@ -37,7 +37,8 @@ class RandomState:
 def frozen_statistics(module: nn.Module):
     """What training mode keeps track of stands still, the mode does not change: for second forward passes in one step.
 
-    That is BatchNorm's and InstanceNorm's running statistics, and spectral normalisation's singular vectors.
+    That is BatchNorm's and InstanceNorm's running statistics, spectral normalisation's singular vectors, and whatever
+    other modules keep in buffers.
     """
     with ExitStack() as stack:
         for m in module.modules():
@@ -49,6 +50,8 @@ def frozen_statistics(module: nn.Module):
                 stack.enter_context(_set(m, "momentum", 0.0))
             elif isinstance(m, _SpectralNorm):
                 stack.enter_context(_set(m, "training", False))
+            elif m._buffers:
+                stack.enter_context(_restored_buffers(m))
         yield
 
 
@@ -61,3 +64,15 @@ def _set(module: nn.Module, name: str, value):
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextmanager
+def _restored_buffers(module: nn.Module):
+    """After, a module's own buffers are what they were."""
+    before = [(name, buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None]
+    try:
+        yield
+    finally:
+        for name, buffer, values in before:
+            buffer.data.copy_(values)  # past autograd: a graph of the pass may hold one that stood still
+            module._buffers[name] = buffer

@@ -31,12 +31,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optimizers.layered import dot
-from optimizers.layers import FORWARD, TANGENT, ConvolutionLayer, EmbeddingLayer, Layer, LinearGraphLayer, LinearLayer
+from optimizers.layers import (
+    FORWARD,
+    TANGENT,
+    ConvolutionLayer,
+    EmbeddingBagLayer,
+    EmbeddingLayer,
+    Layer,
+    LinearGraphLayer,
+    LinearLayer,
+)
 from optimizers.objective import Minibatch
 from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Call, Trace, positional
 
-_BILINEAR = (LinearLayer, ConvolutionLayer, LinearGraphLayer, EmbeddingLayer)
+_BILINEAR = (LinearLayer, ConvolutionLayer, LinearGraphLayer, EmbeddingLayer, EmbeddingBagLayer)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _PIECEWISE_LINEAR = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.RReLU, nn.Hardshrink, nn.Softshrink, nn.Threshold)
 _NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -198,14 +207,19 @@ def _batch_norm(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tenso
 def _general(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor], adjoint: Tensor | None):
     """The same of any layer or activation: forward mode for the tangent, reverse mode twice for the second."""
     x, theta = inputs[0], [p.detach() for p in call.layer.parameters]
-    tangent = torch.zeros_like(x) if tangent is None else tangent
     duals = [forward_ad.make_dual(p, d) for p, d in zip(theta, u, strict=True)]
-    z, dot_z = forward_ad.unpack_dual(_apply(call.layer, (forward_ad.make_dual(x, tangent), *inputs[1:]), duals))
+    if x.is_floating_point():  # an index stands still
+        tangent = torch.zeros_like(x) if tangent is None else tangent
+        z = _apply(call.layer, (forward_ad.make_dual(x, tangent), *inputs[1:]), duals)
+    else:
+        z = _apply(call.layer, inputs, duals)
+    z, dot_z = forward_ad.unpack_dual(z)
     if adjoint is None:
         return z, dot_z, None
     with torch.enable_grad():
-        t = x.new_zeros((), requires_grad=True)
-        moved = _apply(call.layer, (x + t * tangent, *inputs[1:]), _moved(theta, u, t))
+        t = adjoint.new_zeros((), requires_grad=True)
+        moved_x = x + t * tangent if x.is_floating_point() else x
+        moved = _apply(call.layer, (moved_x, *inputs[1:]), _moved(theta, u, t))
         slope = torch.autograd.grad(moved, t, adjoint, create_graph=True)[0]
         second = torch.autograd.grad(slope, t)[0] if slope.requires_grad else None
     return z, dot_z, second
@@ -224,6 +238,25 @@ def _activations(model: nn.Module, layers: list[Layer]) -> list[Layer]:
         return (activation or isinstance(module, _NORMALISATIONS)) and module not in known
 
     return [Layer(name, module, {}) for name, module in model.named_modules() if curved(module)]
+
+
+@contextmanager
+def named_where_missing():
+    """Within, a derivative that torch does not have is said to be what is missing.
+
+    Raises:
+        NotImplementedError: in place of torch's own errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        if "implemented" not in str(error):
+            raise
+        missing = str(error).split(".")[0]
+        raise NotImplementedError(
+            f"the curvature along a direction needs a derivative that torch does not have ({missing}): "
+            "take another optimizer for this model"
+        ) from None
 
 
 @contextmanager

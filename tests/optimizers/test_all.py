@@ -6,6 +6,8 @@ import gc
 import pytest
 import torch
 
+from models.likelihoods import Categorical
+from optimizers import Objective
 from tests.optimizers import cases
 
 
@@ -149,3 +151,45 @@ def test_config_names_itself(name):
     assert about.name == name
     assert about.kind in ("first_order", "second_order", "layerwise")
     assert int(about.version) >= 1
+
+
+class Centred(torch.nn.Module):
+    """A layer that keeps a mean of what it has seen, in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 3)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+            self.mean = self.mean.lerp(x.detach().mean(0), 0.1)
+        return self.linear(x - self.mean)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_buffers_of_a_users_module_move_once_a_step(name):
+    torch.manual_seed(0)
+    model = Centred()
+    optimizer, objective = cases.build(name, model.parameters()), Objective(model, Categorical(), population=1000)
+    mean = torch.zeros(5)
+    for _ in range(4):
+        x = torch.randn(12, 5)
+        mean = mean.lerp(x.mean(0), 0.1)
+        optimizer.step(objective(x, torch.randint(3, (12,))))
+    assert model.seen == 4
+    torch.testing.assert_close(model.mean, mean)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_parameters_of_half_precision_are_trained_or_refused_in_words(name):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).bfloat16()
+    optimizer, objective = cases.build(name, model.parameters()), Objective(model, Categorical(), population=1000)
+    x, y = torch.randn(12, 5).bfloat16(), torch.randint(3, (12,))
+    try:
+        assert torch.stack([optimizer.step(objective(x, y)) for _ in range(3)]).isfinite().all()
+    except TypeError as refusal:
+        assert "keep float32 parameters" in str(refusal)

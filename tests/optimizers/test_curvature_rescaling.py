@@ -194,3 +194,20 @@ def test_a_curvature_that_is_not_finite_is_left_out_and_told():
     one = torch.ones((), dtype=torch.float64)
     assert optimizer._step_size(one, one * torch.inf, one) == size
     assert optimizer.diagnostics()["all"]["skipped"] == 1
+
+
+def test_indices_that_a_layer_of_no_closed_rule_takes_stand_still():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Tanh(), nn.Linear(8, 3)).double()
+    minibatch = Objective(model, Categorical())(torch.randint(9, (6, 2)), torch.randint(3, (6,)))
+    curvature = Curvature(minibatch)
+    u = {p: torch.randn_like(p) for p in model.parameters()}
+    exact = hessian_quadratic(minibatch, u, RandomState(torch.device("cpu")))
+    torch.testing.assert_close(curvature(u), exact, rtol=1e-10, atol=0)
+
+
+def test_a_derivative_that_torch_does_not_have_is_said_to_be_missing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid(), nn.Linear(4, 3))
+    minibatch = Objective(model, Categorical())(torch.randn(6, 4), torch.randint(3, (6,)))
+    with pytest.raises(NotImplementedError, match=r"hardsigmoid_backward is not implemented\): take another optimizer"):
+        RescaledSGD(model.parameters()).step(minibatch)

@@ -88,6 +88,10 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)),
         lambda: (torch.randint(0, 9, (6, 3)),),
     ),
+    "embedding bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum", padding_idx=2), nn.Tanh(), nn.Linear(4, 3)),
+        lambda: (torch.randint(0, 9, (6, 3)),),
+    ),
     "padded": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding="same", padding_mode="circular")),
         lambda: images(4, 1, 5, 5),
@@ -177,7 +181,7 @@ def test_a_layer_that_returns_no_tensor_is_named():
 
 
 def test_a_layer_that_torch_cannot_differentiate_so_is_named():
-    model = nn.Sequential(nn.EmbeddingBag(9, 4))
+    model = nn.Sequential(nn.EmbeddingBag(9, 4, mode="max"))
     captured = trace(model, (torch.randint(9, (5, 3)),))
     with pytest.raises(TypeError, match="layer '0' \\(EmbeddingBag\\) has no derivative along a direction"):
         captured.calls[0].tangent([torch.ones_like(model[0].weight)])
