@@ -50,6 +50,7 @@ INTERVALS = {
     "preconditioning_compute_steps": [-1], "statistics_compute_steps": [-1],
 }  # fmt: skip
 TURN = 0.05  # seconds of a turn of short steps
+PATIENCE = 0.25  # of a workload's time, for a method's first two steps: the others need some too
 
 
 class Contender(Trainer):
@@ -60,15 +61,22 @@ class Contender(Trainer):
         cfg: composed config of the task and the optimizer.
         steady: attributes to set where an optimizer has them, for steps as they are in the long run.
         dataset: stands in for the task's data; None: the task's own, which need no download.
+        patience: seconds that its first two steps may take.
+
+    Raises:
+        TimeoutError: they take longer.
     """
 
-    def __init__(self, name: str, cfg: DictConfig, steady: dict, dataset: Dataset | None) -> None:
+    def __init__(self, name: str, cfg: DictConfig, steady: dict, dataset: Dataset | None, patience: float) -> None:
         self.name, self._steady, self._stand_in = name, steady, dataset
         super().__init__(cfg, Path())
         self.batch = next(iter(self.batches))
         self.intervals = self._intervals(cfg.optimizer)
         self.period = math.lcm(*(every for every, _ in self.intervals))
+        began = time.monotonic()
         self._rehearse()  # libraries warm up; on the CPU memory is traced
+        if time.monotonic() - began > patience:
+            raise TimeoutError(f"two steps take {time.monotonic() - began:.2g} s, too long for the others; give more by seconds=N")
         set_mode("train", self.optimizer)
         self.objective.account(self.objective(*self.batch))  # which is done once
         self.memory.start()
@@ -163,7 +171,7 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
     contenders: list[Contender] = []
     refused: dict[str, str] = {}
     place = (f"task={task}", f"device={cfg.device}", f"threads={cfg.threads}", "tracker=none", "progress=false")
-    dataset = None
+    dataset, patience = None, PATIENCE * (until - time.monotonic())
     for entry in dict.fromkeys((REFERENCE, *cfg.optimizers)):
         name, *settings = entry.split()
         choices = [*place, f"optimizer={name}", *(f"++optimizer.{setting}" for setting in settings)]
@@ -175,7 +183,8 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
             refused[entry] = "no time left; give more by seconds=N"
             continue
         try:
-            contenders.append(Contender(entry, composed, dict(cfg.steady), dataset))
+            most = patience if contenders else math.inf
+            contenders.append(Contender(entry, composed, dict(cfg.steady), dataset, most))
         except Exception as error:
             refused[entry] = describe(error)
     turn = 0

@@ -47,6 +47,12 @@ def test_who_refuses_a_workload_is_there_with_the_reason(tables):
     assert "Invalid learning rate: -1" in table.loc["sgd lr=-1", "refused"]
 
 
+def test_a_method_that_would_leave_the_others_no_time_is_left_out(compose):
+    cfg = compose("task=cnn_digits", "optimizer=sgdm", "device=cpu", "threads=1", "tracker=none", "progress=false")
+    with pytest.raises(TimeoutError, match=r"two steps take .* s, too long for the others; give more by seconds=N"):
+        Contender("sgdm", cfg, {}, None, patience=1e-6)
+
+
 def test_context_is_one_row(tables):
     _, context = tables
     assert len(context) == 1
