@@ -1,7 +1,7 @@
 r"""Whether the layers' calls account for the gradient, and layers of which they do.
 
-Curvature is measured in the calls of the modules that own parameters. But a parameter may act elsewhere: two modules
-have one weight, or a model multiplies by the weight of its embedding; a module is never called (``ParameterList``, the
+Curvature is measured in the calls of the modules that have parameters. But a parameter may act elsewhere: a model
+multiplies by the weight of its embedding; a module is never called (``ParameterList``, the
 output projection of ``MultiheadAttention``), or returns no single tensor (``LSTM``). What its calls tell is then not
 the whole of it, and nothing would look wrong. By the chain rule the calls of layer ``l`` account for its gradient if
 
@@ -100,9 +100,10 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
 
         trace.backward(torch.autograd.grad(loss, trace.outputs, retain_graph=True)[0], visit)
     except Untraceable as error:
-        if error.layer.module is minibatch.objective.model or error.final:
+        layer = next(layer for layer in layers if error.layer in (layer, *layer.elsewhere))
+        if error.final or (layer.module is minibatch.objective.model and not layer.elsewhere):
             raise
-        return [error.layer]
+        return [layer]
     seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
     tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(layers[0].parameters[0].dtype).eps)
     differ = (seen - lengths).abs() > tolerance * torch.maximum(size, lengths)  # of what is not finite nothing is known
@@ -120,7 +121,9 @@ def _normalise(layer: Layer, gradient: list[Tensor]) -> Tensor:
 
 
 def _lifted(layer: Layer, model: nn.Module) -> Layer:
-    """The same parameters in the calls of the module around."""
+    """The same parameters in the calls of the module around, or of the model alone."""
+    if layer.module is model and layer.elsewhere:
+        return Layer(layer.name, model, dict(zip(layer.names, layer.parameters, strict=True)))
     if layer.module is model:
         raise Untraceable(
             layer,

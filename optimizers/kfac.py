@@ -93,6 +93,8 @@ class KFAC(Kronecker):
 def is_factored(layer: Layer) -> bool:
     """Whether a layer's block has a Kronecker form here: Linear, Conv2d without groups, GCNConv."""
     module = layer.module
+    if layer.elsewhere:
+        return False
     if isinstance(layer, LinearGraphLayer):
         return type(module).__name__ == "GCNConv" and _check_normalised(layer)
     if isinstance(layer, ConvolutionLayer):

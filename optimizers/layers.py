@@ -12,6 +12,7 @@ Input and derivative are captured in ``optimizers.trace`` and nowhere else.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,9 @@ class Layer:
         name: what the layer is called: the name in the model of the module that owns the parameters.
         module: the module.
         parameters: trainable parameters by their name inside the module, e.g. ``{"weight": …, "bias": …}``.
+
+    Attributes:
+        elsewhere: other modules that have some of the parameters too, as layers of those alone.
     """
 
     def __init__(self, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -71,6 +75,7 @@ class Layer:
         self.module = module
         self.names = tuple(parameters)
         self.parameters = tuple(parameters.values())
+        self.elsewhere: list[Layer] = []
 
     def gradient(self, inputs: tuple, output: Tensor, delta: Tensor) -> list[Tensor]:
         """``∂⟨δ, z⟩/∂θ``, one tensor per parameter.
@@ -268,8 +273,8 @@ def _bends(convolution: nn.Module) -> bool:
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a model, in the order of ``named_modules``; frozen parameters are left out, shared ones counted
-    once.
+    """The layers of a model, in the order of ``named_modules``; frozen parameters are left out, shared ones belong to
+    the first module that has them.
 
     A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child), and so does a
     module that ``torch.nn.utils.parametrize`` computes the weight of; any other owns those that are its own attributes.
@@ -285,16 +290,23 @@ def find_layers(model: nn.Module) -> list[Layer]:
             f"{compiled[0]} is compiled, and what its layers see cannot be captured: give the objective the plain "
             "model (its _orig_mod), or use an optimizer of gradients alone"
         )
-    layers, seen, inside = [], set(), set()
+    layers, owners, inside = [], {}, set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
         kind = _kind(module)
         whole = kind is LinearGraphLayer or is_parametrized(module)
-        parameters = {n: p for n, p in module.named_parameters(recurse=whole) if p.requires_grad and p not in seen}
         if whole:
             inside.add(name + ".")
-        if parameters:
-            seen.update(parameters.values())
-            layers.append(kind(name, module, parameters))
+        parameters = defaultdict(dict)  # by the layer that has them already; None: a new one
+        for n, p in module.named_parameters(recurse=whole):
+            if p.requires_grad:
+                parameters[owners.get(p)][n] = p
+        for owner, tied in parameters.items():
+            layer = kind(name, module, tied)
+            if owner is not None:
+                owner.elsewhere.append(layer)
+                continue
+            owners.update(dict.fromkeys(layer.parameters, layer))
+            layers.append(layer)
     return layers

@@ -135,6 +135,11 @@ class Curvature:
 def _check_apart(layers: list[Layer]) -> None:
     """A second derivative is of one layer alone; of one inside another it would be counted twice."""
     for layer in layers:
+        if layer.elsewhere:
+            raise NotImplementedError(
+                f"layers '{layer.name}' and '{layer.elsewhere[0].name}' share parameters: the curvature along a "
+                "direction is a sum over layers that do not, so take another optimizer for this model"
+            )
         inside = {*layer.module.modules()}
         for other in layers:
             if other is not layer and other.module in inside and not isinstance(layer, LinearGraphLayer):

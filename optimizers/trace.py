@@ -21,16 +21,23 @@ from optimizers.replay import RandomState
 class Call:
     """One call of a layer in a forward pass: the layer, what went in, and what came out (before the tap).
 
-    ``random_state`` is that before the call, of one that has drawn random numbers.
+    ``place`` is the layer, or that of its ``elsewhere`` whose module was called. ``random_state`` is that before the
+    call, of one that has drawn random numbers.
 
     Where the model computes in a lower precision than its parameters have (autocast), inputs and derivatives are handed
     out in the parameters' own, so that curvature is computed and kept in it.
     """
 
     def __init__(
-        self, layer: Layer, inputs: tuple, output: Tensor | Ghost, random_state: RandomState | None = None
+        self,
+        layer: Layer,
+        inputs: tuple,
+        output: Tensor | Ghost,
+        random_state: RandomState | None = None,
+        place: Layer | None = None,
     ) -> None:
         self.layer = layer
+        self.place = layer if place is None else place
         self._inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
         self.output = output
         self._random_state = random_state
@@ -48,13 +55,20 @@ class Call:
         return x.to(self.layer.parameters[0].dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
 
     def gradient(self, delta: Tensor) -> list[Tensor]:
-        return self.layer.gradient(self.inputs, self.output, delta)
+        gradient = self.place.gradient(self.inputs, self.output, delta)
+        if self.place is self.layer:
+            return gradient
+        here = dict(zip(self.place.parameters, gradient, strict=True))
+        return [here[p] if p in here else torch.zeros_like(p) for p in self.layer.parameters]
 
     def tangent(self, direction: Sequence[Tensor]) -> Tensor:
+        if self.place is not self.layer:
+            parts = dict(zip(self.layer.parameters, direction, strict=True))
+            direction = [parts[p] for p in self.place.parameters]
         if self._random_state is None:
-            return self.layer.tangent(self.inputs, self.output, direction)
+            return self.place.tangent(self.inputs, self.output, direction)
         with self._random_state.replayed():
-            return self.layer.tangent_by_reverse(self.inputs, direction)
+            return self.place.tangent_by_reverse(self.inputs, direction)
 
     def slopes(self, delta: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``⟨δ_i, ż_i⟩`` per example: ``(len(z),)``."""
@@ -117,7 +131,8 @@ class Trace:
         self._keep_outputs = keep_outputs
         self._visitor = _Visitor()
         self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
-        handles = [handle for layer in layers for handle in self._tapped(layer)]
+        places = [(layer, place) for layer in layers for place in (layer, *layer.elsewhere)]
+        handles = [handle for layer, place in places for handle in self._tapped(layer, place)]
         try:
             with torch.enable_grad():
                 self.outputs = model(*inputs)
@@ -126,10 +141,10 @@ class Trace:
                 handle.remove()
         count(FORWARD)
 
-    def _tapped(self, layer: Layer) -> list:
-        """Hooks that capture the layer's calls; the handles that remove them."""
+    def _tapped(self, layer: Layer, place: Layer) -> list:
+        """Hooks that capture the layer's calls in one place; the handles that remove them."""
         # a module of no known kind may draw random numbers, which its tangent has to draw again
-        states, may_draw = [], type(layer) is Layer and layer.module.training
+        states, may_draw = [], type(place) is Layer and place.module.training
 
         def remember(module: nn.Module, inputs: tuple) -> None:
             states.append(RandomState(self._anchor.device))
@@ -142,12 +157,12 @@ class Trace:
             kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
             state = states.pop() if may_draw else None
             drawn = state if state is not None and state.has_advanced() else None
-            call = Call(layer, positional(layer, inputs, named), kept, drawn)
+            call = Call(layer, positional(place, inputs, named), kept, drawn, place)
             self.calls.append(call)
             return _Tap.apply(output, self._anchor, call, self._visitor)
 
-        before = [layer.module.register_forward_pre_hook(remember)] if may_draw else []
-        return [*before, layer.module.register_forward_hook(tap, with_kwargs=True)]
+        before = [place.module.register_forward_pre_hook(remember)] if may_draw else []
+        return [*before, place.module.register_forward_hook(tap, with_kwargs=True)]
 
     def gradients(
         self, root: Tensor, cotangent: Tensor | None = None, retain_graph: bool = False

@@ -75,8 +75,8 @@ class Contender(Trainer):
         self.period = math.lcm(*(every for every, _ in self.intervals))
         began = time.monotonic()
         self._rehearse()  # libraries warm up; on the CPU memory is traced
-        if time.monotonic() - began > patience:
-            raise TimeoutError(f"two steps take {time.monotonic() - began:.2g} s, too long for the others; give more by seconds=N")
+        if (taken := time.monotonic() - began) > patience:
+            raise TimeoutError(f"two steps take {taken:.2g} s, too long for the others; give more by seconds=N")
         set_mode("train", self.optimizer)
         self.objective.account(self.objective(*self.batch))  # which is done once
         self.memory.start()

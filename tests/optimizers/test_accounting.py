@@ -157,12 +157,38 @@ class Odd(nn.Module):
         return self.frozen_call(x * self.of_vector(self.z)) + fixed
 
 
+class TiedParts(nn.Module):
+    """Layers of a weight and a bias whose weight alone is shared, the module behind calling it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.second(torch.tanh(self.first(x)))))))
+
+
+class AtTheRoot(nn.Module):
+    """A weight that the model itself has, and a layer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.weight, self.head = self.first.weight, nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)) @ self.weight)
+
+
 MODELS = {  # and the layers that must be lifted
     "no tie": (Words, words, []),
-    "tied by modules": (lambda: Words("by modules"), words, ["embedding"]),
+    "tied by modules": (lambda: Words("by modules"), words, []),
+    "tied parts": (TiedParts, vectors, []),
+    "at the root": (AtTheRoot, vectors, []),
     "tied by a function": (lambda: Words("by a function"), words, ["embedding"]),
     "lstm": (lambda: Words(middle=nn.LSTM(8, 8, batch_first=True)), words, ["middle"]),
-    "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, ["embedding", "middle"]),
+    "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, ["middle"]),
     "loose": (Loose, vectors, ["weights"]),
     "a head of zero": (ZeroHead, vectors, ["first"]),
     "positions": (Positions, lambda: torch.randint(9, (12, 12)), []),
@@ -309,6 +335,20 @@ def test_sampled_curvature_of_a_tied_weight_counts_both_of_its_uses():
     exact = ExactGaussNewton()(batch, batch.trace(), directions).diagonal()
     draws = torch.stack([SampledFisher()(batch, batch.trace(), directions).diagonal() for _ in range(400)])
     assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 400**0.5).all()
+
+
+def test_a_weight_of_two_modules_is_seen_in_the_calls_of_both():
+    model = Words("by modules").double()
+    embedding, output = minibatch(model, words()).objective.layers
+    assert type(embedding).__name__ == "EmbeddingLayer" and output.names == ("bias",)
+    assert [(place.module, place.names) for place in embedding.elsewhere] == [(model.output, ("weight",))]
+
+
+def test_curvature_rescaling_says_that_it_needs_layers_that_share_nothing():
+    model, x = Words("by modules"), words()
+    optimizer = cases.build("curvature_rescaling", model.parameters())
+    with pytest.raises(NotImplementedError, match="layers 'embedding' and 'output' share parameters"):
+        optimizer.step(Objective(model, Categorical())(x, x[:, 0]))
 
 
 def test_as_many_positions_as_examples_are_not_taken_for_examples():
