@@ -105,7 +105,7 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
             raise
         return [layer]
     seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
-    tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(layers[0].parameters[0].dtype).eps)
+    tolerance = max(TOLERANCE, *(ROUNDINGS * torch.finfo(layer.parameters[0].dtype).eps for layer in layers))
     differ = (seen - lengths).abs() > tolerance * torch.maximum(size, lengths)  # of what is not finite nothing is known
     return [layer for layer, differs in zip(layers, differ.tolist(), strict=True) if differs]
 

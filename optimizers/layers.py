@@ -125,7 +125,7 @@ class Layer:
         return {name: p.detach() for name, p in zip(self.names, self.parameters, strict=True)}
 
     def _output(self, theta: dict[str, Tensor], inputs: tuple) -> Tensor:
-        return torch.func.functional_call(self.module, theta, inputs)
+        return first_tensor(called(self.module, theta, inputs))
 
     def _named(self, **values: Callable[[], Tensor]) -> list[Tensor]:
         """The values that this layer has a trainable parameter for, in its parameters' order, computed only then."""
@@ -238,6 +238,21 @@ class LinearGraphLayer(Layer):
         return torch.func.functional_call(self.module, parts, inputs)
 
 
+class Named(dict):
+    """Arguments of a call that have names and no position: the last of its inputs."""
+
+
+def called(module: nn.Module, theta: dict[str, Tensor], inputs: tuple):
+    """What a module returns for other parameters."""
+    named = inputs[-1] if inputs and isinstance(inputs[-1], Named) else {}
+    return torch.func.functional_call(module, theta, inputs[:-1] if named else inputs, named)
+
+
+def first_tensor(output):
+    """What a module returns; of a tuple the first, as recurrent layers and attention have it."""
+    return output[0] if type(output) is tuple and output else output
+
+
 def rows(x: Tensor) -> Tensor:
     """All vectors along the last dimension, as the rows of a matrix."""
     return x.reshape(-1, x.shape[-1])
@@ -279,7 +294,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     A linear graph convolution owns all parameters below it (torch-geometric keeps the weight in a child), and so does a
     module that ``torch.nn.utils.parametrize`` computes the weight of; any other owns those that are its own attributes.
     A module of unknown type gets the generic rules (autograd for the gradient, forward mode for the tangent), right for
-    any module that returns one tensor.
+    any module that returns one tensor, or it first of a tuple.
 
     Raises:
         TypeError: the model, or a part of it, is compiled: its layers' calls are not to be seen.

@@ -28,7 +28,6 @@ from functools import partial
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from optimizers.layered import dot
 from optimizers.layers import (
@@ -40,6 +39,7 @@ from optimizers.layers import (
     Layer,
     LinearGraphLayer,
     LinearLayer,
+    called,
 )
 from optimizers.objective import Minibatch
 from optimizers.replay import RandomState, frozen_statistics
@@ -61,7 +61,7 @@ class Curvature:
         recompute: free activations in the backward pass and compute them again in the tangent pass.
 
     Raises:
-        NotImplementedError: a layer's module holds another layer's.
+        NotImplementedError: a layer's module holds another layer's, or returns a tuple; or layers share parameters.
 
     Attributes:
         loss: the mean loss, detached.
@@ -218,6 +218,11 @@ def _general(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor],
         z = _apply(call.layer, (forward_ad.make_dual(x, tangent), *inputs[1:]), duals)
     else:
         z = _apply(call.layer, inputs, duals)
+    if not isinstance(z, Tensor):
+        raise NotImplementedError(
+            f"layer '{call.layer.name}' ({type(call.layer.module).__name__}) returns a tuple, and the curvature along "
+            "a direction is a sum over layers that return one tensor: take another optimizer for this model"
+        )
     z, dot_z = forward_ad.unpack_dual(z)
     if adjoint is None:
         return z, dot_z, None
@@ -231,7 +236,7 @@ def _general(call: Call, inputs: tuple, tangent: Tensor | None, u: list[Tensor],
 
 
 def _apply(layer: Layer, inputs: tuple, parameters: list[Tensor]) -> Tensor:
-    return functional_call(layer.module, dict(zip(layer.names, parameters, strict=True)), inputs)
+    return called(layer.module, dict(zip(layer.names, parameters, strict=True)), inputs)
 
 
 def _activations(model: nn.Module, layers: list[Layer]) -> list[Layer]:

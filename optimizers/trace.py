@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from optimizers.layers import ACTIVATION_BACKWARD, FORWARD, WEIGHT_GRADIENT, Ghost, Layer, Untraceable
+from optimizers.layers import (
+    ACTIVATION_BACKWARD,
+    FORWARD,
+    WEIGHT_GRADIENT,
+    Ghost,
+    Layer,
+    Named,
+    Untraceable,
+    first_tensor,
+)
 from optimizers.replay import RandomState
 
 
@@ -149,9 +158,10 @@ class Trace:
         def remember(module: nn.Module, inputs: tuple) -> None:
             states.append(RandomState(self._anchor.device))
 
-        def tap(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
+        def tap(module: nn.Module, inputs: tuple, named: dict, returned: Tensor | tuple) -> Tensor | tuple:
             if not torch.is_grad_enabled():  # what the loss does not depend on by this call
-                return output
+                return returned
+            output = first_tensor(returned)
             if not isinstance(output, Tensor):
                 raise Untraceable(layer, f"returns {type(output).__name__}; only what returns one tensor can be traced")
             kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
@@ -159,7 +169,8 @@ class Trace:
             drawn = state if state is not None and state.has_advanced() else None
             call = Call(layer, positional(place, inputs, named), kept, drawn, place)
             self.calls.append(call)
-            return _Tap.apply(output, self._anchor, call, self._visitor)
+            tapped = _Tap.apply(output, self._anchor, call, self._visitor)
+            return tapped if returned is output else (tapped, *returned[1:])
 
         before = [place.module.register_forward_pre_hook(remember)] if may_draw else []
         return [*before, place.module.register_forward_hook(tap, with_kwargs=True)]
@@ -242,11 +253,10 @@ class Trace:
 
 
 def positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
-    """A call's inputs in the order of the module's ``forward``, which is how they are kept."""
+    """A call's inputs in the order of the module's ``forward``, which is how they are kept; ``Named`` ones at last."""
     if not named:
         return inputs
     bound = inspect.signature(type(layer.module).forward).bind(layer.module, *inputs, **named)
-    if any(name in bound.kwargs for name in named):
-        raise Untraceable(layer, f"is called with what has no position ({', '.join(bound.kwargs)})")
     bound.apply_defaults()
-    return bound.args[1:]
+    rest = {name: x.detach() if isinstance(x, Tensor) else x for name, x in bound.kwargs.items()}
+    return (*bound.args[1:], Named(rest)) if rest else bound.args[1:]

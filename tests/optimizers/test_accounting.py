@@ -187,14 +187,14 @@ MODELS = {  # and the layers that must be lifted
     "tied parts": (TiedParts, vectors, []),
     "at the root": (AtTheRoot, vectors, []),
     "tied by a function": (lambda: Words("by a function"), words, ["embedding"]),
-    "lstm": (lambda: Words(middle=nn.LSTM(8, 8, batch_first=True)), words, ["middle"]),
-    "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, ["middle"]),
+    "lstm": (lambda: Words(middle=nn.LSTM(8, 8, batch_first=True)), words, []),
+    "gru": (lambda: Words("by modules", nn.GRU(8, 8, 2, batch_first=True)), words, []),
     "loose": (Loose, vectors, ["weights"]),
     "a head of zero": (ZeroHead, vectors, ["first"]),
     "positions": (Positions, lambda: torch.randint(9, (12, 12)), []),
     "odd": (Odd, vectors, []),
     "named arguments": (Named, vectors, []),
-    "by name only": (ByNameOnly, vectors, ["masked"]),
+    "by name only": (ByNameOnly, vectors, []),
     "standardised": (
         lambda: nn.Sequential(Standardised(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)),
         lambda: torch.randn(12, 2, 4, 4),
@@ -323,6 +323,13 @@ def test_curvature_rescaling_says_that_it_needs_layers_that_hold_no_others():
     model, x = Words(middle=nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), words()
     optimizer = cases.build("curvature_rescaling", model.parameters())
     with pytest.raises(NotImplementedError, match=r"layer 'middle.self_attn' .* holds layer"):
+        optimizer.step(Objective(model, Categorical())(x, x[:, 0]))
+
+
+def test_curvature_rescaling_says_that_it_needs_layers_that_return_one_tensor():
+    model, x = Words(middle=nn.LSTM(8, 8, batch_first=True)).double(), words()
+    optimizer = cases.build("curvature_rescaling", model.parameters())
+    with pytest.raises(NotImplementedError, match=r"layer 'middle' \(LSTM\) returns a tuple"):
         optimizer.step(Objective(model, Categorical())(x, x[:, 0]))
 
 

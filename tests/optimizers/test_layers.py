@@ -176,8 +176,12 @@ def test_frozen_parameters_are_in_no_layer_and_partly_frozen_layers_work():
 
 
 def test_a_layer_that_returns_no_tensor_is_named():
-    with pytest.raises(TypeError, match="layer '0' \\(LSTM\\) returns tuple"):
-        trace(nn.Sequential(nn.LSTM(3, 4)), (torch.randn(2, 5, 3),))
+    class Described(nn.Linear):
+        def forward(self, x):
+            return {"output": super().forward(x)}
+
+    with pytest.raises(TypeError, match="layer '0' \\(Described\\) returns dict"):
+        trace(nn.Sequential(Described(3, 4)), (torch.randn(2, 3),))
 
 
 def test_a_layer_that_torch_cannot_differentiate_so_is_named():
