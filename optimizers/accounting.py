@@ -1,9 +1,10 @@
 r"""Whether the layers' calls account for the gradient, and layers of which they do.
 
 Curvature is measured in the calls of the modules that have parameters. But a parameter may act elsewhere: a model
-multiplies by the weight of its embedding; a module is never called (``ParameterList``, the
-output projection of ``MultiheadAttention``), or returns no single tensor (``LSTM``). What its calls tell is then not
-the whole of it, and nothing would look wrong. By the chain rule the calls of layer ``l`` account for its gradient if
+multiplies by the weight of its embedding; a module is never called (``ParameterList``, the output projection of
+``MultiheadAttention``), or returns more than what its calls tell of (the last state of an ``LSTM``). What is told is
+then not the whole of it, and nothing would look wrong. By the chain rule the calls of layer ``l`` account for its
+gradient if
 
     Σ_calls ⟨δ, ż(d)⟩ = ⟨g_l, d⟩,     ż(d) = (∂z/∂θ_l) d,
 

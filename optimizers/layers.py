@@ -82,10 +82,14 @@ class Layer:
 
         Args:
             inputs: what the module was called with.
-            output: what it returned, with its graph.
+            output: what it returned.
             delta: ``∂(Σ_i loss_i)/∂z``, the output's shape.
         """
-        return list(torch.autograd.grad(output, self.parameters, delta.to(output.dtype), retain_graph=True))
+        # anew, for the pass's own graph leads on to other calls, in which the same parameters may act
+        with torch.enable_grad(), frozen_statistics(self.module):
+            theta = {name: p.requires_grad_() for name, p in self._values().items()}
+            z = self._output(theta, inputs)
+            return list(torch.autograd.grad(z, list(theta.values()), delta.to(z.dtype), materialize_grads=True))
 
     def tangent(self, inputs: tuple, output: Tensor, direction: Sequence[Tensor]) -> Tensor:
         """``ż = (∂z/∂θ) d``, a new tensor, for a direction ``d`` in the layer's parameters.
@@ -222,20 +226,20 @@ class EmbeddingLayer(Layer):
         return F.embedding(inputs[0], direction[0])
 
 
-class EmbeddingBagLayer(Layer):
-    """``z``: sums or means of rows of ``W``, by bag; linear in ``W``, and torch has no other derivative of it."""
-
-    def tangent(self, inputs, output, direction):
-        return torch.func.functional_call(self.module, {"weight": direction[0]}, inputs)
-
-
-class LinearGraphLayer(Layer):
-    """A graph convolution, linear in all parameters below it: ``ż`` is the layer with the direction for parameters."""
+class LinearInParametersLayer(Layer):
+    """A module linear in all parameters below it: ``ż`` is what it returns with the direction for parameters."""
 
     def tangent(self, inputs, output, direction):
         absent = {n: torch.zeros_like(p) for n, p in self.module.named_parameters() if n not in self.names}
-        parts = absent | dict(zip(self.names, direction, strict=True))
-        return torch.func.functional_call(self.module, parts, inputs)
+        return called(self.module, absent | dict(zip(self.names, direction, strict=True)), inputs)
+
+
+class EmbeddingBagLayer(LinearInParametersLayer):
+    """``z``: sums or means of rows of ``W``, by bag; torch has no other derivative of it along a direction."""
+
+
+class LinearGraphLayer(LinearInParametersLayer):
+    """A graph convolution whose output is linear in its parameters."""
 
 
 class Named(dict):

@@ -119,7 +119,7 @@ class Curvature:
 
         def forward(*inputs, **named) -> Tensor:
             call = next(calls)
-            inputs = positional(call.layer, inputs, named)
+            inputs = positional(module, inputs, named)
             x, tangent = _with_tangent(inputs[0])
             u = [direction[p] for p in call.layer.parameters]
             rule = _rule(call.layer)

@@ -9,7 +9,9 @@ forms those that it wants, and nothing per-example outlives its layer.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,8 @@ class Call:
         return x.to(self.layer.parameters[0].dtype) if x.dtype in (torch.bfloat16, torch.float16) else x
 
     def gradient(self, delta: Tensor) -> list[Tensor]:
-        gradient = self.place.gradient(self.inputs, self.output, delta)
+        with nullcontext() if self._random_state is None else self._random_state.replayed():
+            gradient = self.place.gradient(self.inputs, self.output, delta)
         if self.place is self.layer:
             return gradient
         here = dict(zip(self.place.parameters, gradient, strict=True))
@@ -140,8 +143,11 @@ class Trace:
         self._keep_outputs = keep_outputs
         self._visitor = _Visitor()
         self._anchor = torch.zeros((), device=layers[0].parameters[0].device, requires_grad=True)
-        places = [(layer, place) for layer in layers for place in (layer, *layer.elsewhere)]
-        handles = [handle for layer, place in places for handle in self._tapped(layer, place)]
+        places = defaultdict(list)
+        for layer in layers:
+            for place in (layer, *layer.elsewhere):
+                places[place.module].append((layer, place))
+        handles = [handle for module, here in places.items() for handle in self._tapped(module, here)]
         try:
             with torch.enable_grad():
                 self.outputs = model(*inputs)
@@ -150,10 +156,10 @@ class Trace:
                 handle.remove()
         count(FORWARD)
 
-    def _tapped(self, layer: Layer, place: Layer) -> list:
-        """Hooks that capture the layer's calls in one place; the handles that remove them."""
+    def _tapped(self, module: nn.Module, places: list[tuple[Layer, Layer]]) -> list:
+        """Hooks that capture a module's calls for each layer with a place in it; the handles that remove them."""
         # a module of no known kind may draw random numbers, which its tangent has to draw again
-        states, may_draw = [], type(place) is Layer and place.module.training
+        states, may_draw = [], module.training and any(type(place) is Layer for _, place in places)
 
         def remember(module: nn.Module, inputs: tuple) -> None:
             states.append(RandomState(self._anchor.device))
@@ -161,19 +167,22 @@ class Trace:
         def tap(module: nn.Module, inputs: tuple, named: dict, returned: Tensor | tuple) -> Tensor | tuple:
             if not torch.is_grad_enabled():  # what the loss does not depend on by this call
                 return returned
-            output = first_tensor(returned)
+            tapped = output = first_tensor(returned)
             if not isinstance(output, Tensor):
-                raise Untraceable(layer, f"returns {type(output).__name__}; only what returns one tensor can be traced")
+                kind = type(output).__name__
+                raise Untraceable(places[0][0], f"returns {kind}; only what returns one tensor can be traced")
             kept = output if self._keep_outputs else Ghost(output.shape, output.grad_fn)
             state = states.pop() if may_draw else None
             drawn = state if state is not None and state.has_advanced() else None
-            call = Call(layer, positional(place, inputs, named), kept, drawn, place)
-            self.calls.append(call)
-            tapped = _Tap.apply(output, self._anchor, call, self._visitor)
+            inputs = positional(module, inputs, named)
+            for layer, place in places:
+                call = Call(layer, inputs, kept, drawn, place)
+                self.calls.append(call)
+                tapped = _Tap.apply(tapped, self._anchor, call, self._visitor)
             return tapped if returned is output else (tapped, *returned[1:])
 
-        before = [place.module.register_forward_pre_hook(remember)] if may_draw else []
-        return [*before, place.module.register_forward_hook(tap, with_kwargs=True)]
+        before = [module.register_forward_pre_hook(remember)] if may_draw else []
+        return [*before, module.register_forward_hook(tap, with_kwargs=True)]
 
     def gradients(
         self, root: Tensor, cotangent: Tensor | None = None, retain_graph: bool = False
@@ -252,11 +261,11 @@ class Trace:
         self._count(ACTIVATION_BACKWARD)
 
 
-def positional(layer: Layer, inputs: tuple, named: dict) -> tuple:
+def positional(module: nn.Module, inputs: tuple, named: dict) -> tuple:
     """A call's inputs in the order of the module's ``forward``, which is how they are kept; ``Named`` ones at last."""
     if not named:
         return inputs
-    bound = inspect.signature(type(layer.module).forward).bind(layer.module, *inputs, **named)
+    bound = inspect.signature(type(module).forward).bind(module, *inputs, **named)
     bound.apply_defaults()
     rest = {name: x.detach() if isinstance(x, Tensor) else x for name, x in bound.kwargs.items()}
     return (*bound.args[1:], Named(rest)) if rest else bound.args[1:]

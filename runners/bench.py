@@ -3,7 +3,8 @@
 Every optimizer takes steps on every workload: a task's model, likelihood and batch size, with one constant batch of the
 data's real shape drawn at random, so nothing is downloaded and nothing but steps is timed. All optimizers of a workload
 are alive in one process and take turns; each is compared with SGD-m's turn of the same round, so that a machine whose
-speed drifts does not bias the ratios; seconds that a thread only waited for a processor do not count.
+speed drifts does not bias the ratios; seconds that a thread only waited for a processor do not count. One whose first
+steps would leave the others no time is left out, with the reason.
 
 A method's steps are not all alike: statistics are gathered and factors refreshed at intervals. Steps are therefore
 sorted by kind (which of the method's intervals they end), and time per step is the mean of the kinds' medians, weighted

@@ -351,6 +351,32 @@ def test_a_weight_of_two_modules_is_seen_in_the_calls_of_both():
     assert [(place.module, place.names) for place in embedding.elsewhere] == [(model.output, ("weight",))]
 
 
+def test_a_module_that_two_layers_have_a_place_in_is_measured_once_for_each():
+    """Its own parameter by autograd, whose pass must not report to the other's tap again."""
+
+    class Scaled(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight, self.scale = weight, nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return F.linear(x, self.weight) * self.scale
+
+    first = nn.Linear(4, 4)
+    batch = minibatch(nn.Sequential(first, nn.Tanh(), Scaled(first.weight), nn.Linear(4, 3)), torch.randn(12, 4))
+    trace, calls, sums = batch.trace(), [], {}
+    expected = trace.gradients(batch.losses(trace.outputs).sum(), retain_graph=True)
+
+    def visit(call, delta):
+        calls.append(call)
+        gradient = call.gradient(delta)
+        sums[call.layer] = [a + b for a, b in zip(sums.get(call.layer, [0, 0]), gradient, strict=False)]
+
+    trace.backward(batch.residual(trace.outputs), visit)
+    assert len(calls) == len(set(calls)) == len(trace.calls) == 4
+    torch.testing.assert_close(sums, {layer: expected[layer] for layer in sums})
+
+
 def test_curvature_rescaling_says_that_it_needs_layers_that_share_nothing():
     model, x = Words("by modules"), words()
     optimizer = cases.build("curvature_rescaling", model.parameters())
