@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Averages(UserDict):
-    """Running averages in a plain dictionary, which ``state_dict`` carries.
+    """Running averages in a plain dictionary, which ``state_dict`` carries. A tensor stays in its place in memory.
 
     Args:
         values: where they are kept. ``measured`` counts measurements; ``resolved`` is below 1 where the present batch's
@@ -33,22 +33,35 @@ class Averages(UserDict):
         """Weight of the past in an average when a measurement is added."""
         return self.averaging ** (self.span if self.settled else 1)
 
-    def add(self, name: str, value: Tensor, count: int = 1) -> None:
-        """Add a measurement, which stands for ``count``, to an average over all so far that no start biases."""
+    def weight(self, count: int = 1) -> float:
+        """Weight of the past when a measurement that stands for ``count`` is added, so that no start biases."""
         late = max(self["measured"] - self.settling, 0)
         absent = self.averaging ** (self["measured"] - late + late * self.span)
-        past = ((self.past - absent) / (1 - absent)) ** count
+        return ((self.past - absent) / (1 - absent)) ** count
+
+    def add(self, name: str, value: Tensor, past: float | Tensor) -> None:
+        """Add a measurement to an average in which the past has that ``weight``."""
         self.remember(name, value.lerp(self[name], past) if name in self else value)
 
     def remember(self, name: str, value: Tensor) -> None:
         """Keep ``value``, unless the batch's loss is down to rounding: then what was known."""
-        self[name] = value.where(self["resolved"] == 1, self[name]) if name in self else value
+        if name in self:
+            torch.where(self["resolved"] == 1, value, self[name], out=self[name])
+        else:
+            self.keep(name, value)
 
-    def add_loss(self, loss: Tensor) -> None:
+    def keep(self, name: str, value: Tensor) -> None:
+        """Keep a copy of ``value``."""
+        if name in self:
+            self[name].copy_(value)
+        else:
+            self[name] = value.clone()
+
+    def add_loss(self, loss: Tensor, past: float | Tensor) -> None:
         """To the average loss, that average's own average, and how far single losses are from it."""
-        self.add("loss_deviation", (loss - self.get("loss", loss)).abs())
-        self.add("loss", loss)
-        self.add("past_loss", self["loss"])
+        self.add("loss_deviation", (loss - self.get("loss", loss)).abs(), past)
+        self.add("loss", loss, past)
+        self.add("past_loss", self["loss"], past)
 
     def rise(self) -> Tensor:
         """How far the average loss is above its own average, in standard deviations of what noise makes of that.

@@ -70,7 +70,7 @@ class KFAC(Kronecker):
             if not is_factored(call.layer):
                 return
             a, delta = factor_rows(call, delta)
-            count = delta.new_tensor(len(delta))
+            count = delta.new_full((), len(delta))
             if minibatch.mixing:
                 reached = (delta != 0).any(1, keepdim=True)
                 a, count = a * reached, reached.sum().to(delta.dtype)

@@ -80,7 +80,8 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """For copies and pickles: torch's keeps no settings. Layers are found anew, a scheduler's ``step`` stays."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layers", "_group_of", "step")}
+        found = ("_layers", "_group_of", "_ages", "step")
+        return {name: value for name, value in self.__dict__.items() if name not in found}
 
     def state_dict(self) -> dict:
         """As of every optimizer, and beside it ``method`` and ``shapes``: whose it is."""

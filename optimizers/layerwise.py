@@ -134,7 +134,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -170,6 +171,18 @@ class Due(NamedTuple):
     comparison: bool
     """of the model with the loss, after the step"""
     curvature: bool
+    count: int
+    """measurements that the curvature's stands for"""
+
+
+class Plan(NamedTuple):
+    """A step as far as it is known before it: by counting, and without a look at what the device holds."""
+
+    kind: Hashable
+    """steps of one kind do the same, but for ``numbers`` and the groups' settings"""
+    numbers: dict[str, float | Tensor]
+    due: Due | None
+    """None: nothing is measured"""
 
 
 class _Directions(Mapping):
@@ -293,14 +306,32 @@ class Layerwise(LayeredOptimizer):
             ValueError: the parameter groups do not hold all of the model's trainable parameters, or divide a layer
                 between step-size scales.
         """
+        return self.carry_out(self.plan(closure), closure)
+
+    def plan(self, closure: Minibatch) -> Plan:
+        """Count a step, and say what it will do; errors as of ``step``."""
         known = self._layers
         search = self._search
         if self.find_layers(closure) is not known:
             self._check_layers(search)
         measures = search["step"] < self.settling or search["step"] % self.every == 0
         search["step"] += 1
-        if measures:
-            return self._measured_step(closure, search)
+        kind, numbers = self._count()
+        if not measures:
+            return Plan((search.settled, kind), numbers, None)
+        due = self._due(closure, search)
+        numbers["noise"] = self._weight_of_noise(search)
+        search["measured"] += 1
+        search["skipped"] = not due.curvature
+        numbers |= {"past": search.weight(), "curvature_past": search.weight(due.count)}
+        return Plan((search.settled, kind, due), numbers, due)
+
+    @torch.no_grad()
+    def carry_out(self, plan: Plan, closure: Minibatch) -> Tensor:
+        """The step that was planned; returns as ``step``."""
+        search, self._numbers = self._search, plan.numbers
+        if plan.due is not None:
+            return self._measured_step(closure, search, plan.due)
         loss = self.fill_gradients(closure)
         self._take_in_gradients()
         self._descend(search)
@@ -314,13 +345,17 @@ class Layerwise(LayeredOptimizer):
         columns = {
             "step_size": self._step_sizes(search),
             "slope": search["slope"] - search["noise"],
-            "curvature": search["curvature"].diagonal(),
+            "curvature": search["curvature"].diagonal().clone(),
         }
         return {
             layer.name: {name: column[i] for name, column in columns.items()} for i, layer in enumerate(self._layers)
         }
 
     # The descent ------------------------------------------------------------------------------------------------------
+
+    def _count(self) -> tuple[Hashable, dict[str, float]]:
+        """Count a step of every parameter: the ``kind`` and the ``numbers`` that the descent has in it."""
+        return None, {}
 
     def _take_in(self, parameter: Tensor) -> None:
         """Take the averages that the direction is made of one step further, by a parameter's present ``.grad``."""
@@ -371,6 +406,7 @@ class Layerwise(LayeredOptimizer):
             search.clear()
             search.update(step=0, measured=0)
         search["layers"] = self.layer_names
+        self._least_norms = torch.tensor([_least_norm(layer) for layer in self._layers], dtype=torch.float64)
 
     def _warn_of_rates(self, search: Averages) -> None:
         """A schedule or a group made for another method sets learning rates, and training would stand still."""
@@ -389,11 +425,16 @@ class Layerwise(LayeredOptimizer):
         turn = search["measured"] % self.correct_every
         settled = search["measured"] >= max(self.settling, 1)
         noise, comparison = turn == 0, turn == (1 % self.correct_every if settled else 0)
-        return Due(noise, comparison, comparison or not (settled and noise and minibatch.noisy))
+        curvature = comparison or not (settled and noise and minibatch.noisy)
+        return Due(noise, comparison, curvature, 2 if search.get("skipped") else 1)
 
-    def _measured_step(self, minibatch: Minibatch, search: Averages) -> Tensor:
+    def _weight_of_noise(self, search: Averages) -> float:
+        """Of a measurement of noise that is added to those before: a plain mean until the average has its length."""
+        count = search["measured"] // self.correct_every + 1
+        return max(1 - search.past**self.correct_every, 1 / count)
+
+    def _measured_step(self, minibatch: Minibatch, search: Averages, due: Due) -> Tensor:
         """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
-        due = self._due(minibatch, search)
         random_state = RandomState(self._layers[0].parameters[0].device) if due.comparison else None
         line = self._measure(minibatch, search, due)
         self._descend(search)
@@ -407,10 +448,10 @@ class Layerwise(LayeredOptimizer):
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         if "rounding" not in search:
-            search["rounding"] = _rounding(minibatch, trace.outputs)
+            search.keep("rounding", _rounding(minibatch, trace.outputs))
         stride = self._stride(minibatch, trace)
         loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace, retain_graph=stride == 1)
-        search["resolved"] = (loss.abs() / search["rounding"]).clamp(max=1.0)
+        search.keep("resolved", (loss.abs() / search["rounding"]).clamp(max=1.0))
         slope, decay_slope = (s / minibatch.clipped for s in (slope, decay_slope))  # along the loss's own gradient
         length = squared_length.sqrt()
         per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
@@ -430,7 +471,8 @@ class Layerwise(LayeredOptimizer):
             del trace  # the second draw compares gradients and makes a trace of its own
             self._measure_noise(minibatch, None, per_length, search)
         minibatch.objective.model.zero_grad(set_to_none=True)
-        search["moved"] = search.get("moved", 0) + ((length > 0) & (search["resolved"] == 1)).to(length)
+        moved = ((length > 0) & (search["resolved"] == 1)).to(length)
+        search.keep("moved", search.get("moved", 0) + moved)
         self._add(search, loss, slope, q, per_length)
         self._search_step_sizes(search, per_length)
         return Line(loss, line_slope, q, per_length)
@@ -450,15 +492,12 @@ class Layerwise(LayeredOptimizer):
             return sample, sample.trace(keep_outputs=False)
 
     def _add(self, search: Averages, loss: Tensor, slope: Tensor, curvature: Tensor | None, per_length: Tensor) -> None:
-        """Add what a batch says to the averages; where it says nothing of the curvature, the next one counts twice."""
-        search["measured"] += 1
-        search.add_loss(loss)
-        search.add("slope", slope * per_length)
-        if curvature is None:
-            search["skipped"] = True
-        else:
-            count = 2 if search.pop("skipped", False) else 1
-            search.add("curvature", curvature * torch.outer(per_length, per_length), count)
+        """Add what a batch says to the averages."""
+        search.add_loss(loss, self._numbers["past"])
+        search.add("slope", slope * per_length, self._numbers["past"])
+        if curvature is not None:
+            per_area = torch.outer(per_length, per_length)
+            search.add("curvature", curvature * per_area, self._numbers["curvature_past"])
 
     def _see_gradients(
         self, minibatch: Minibatch, trace: Trace, retain_graph: bool
@@ -486,10 +525,7 @@ class Layerwise(LayeredOptimizer):
             minibatch.noise(trace, measure)
         noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers])
         noise = noise / minibatch.clipped * per_length  # of the slope, which is the loss's own
-        count = search["measured"] // self.correct_every + 1
-        # a plain mean until the average has its length
-        weight = max(1 - search.past**self.correct_every, 1 / count)
-        search.remember("noise", search["noise"].lerp(noise, weight) if "noise" in search else noise)
+        search.remember("noise", search["noise"].lerp(noise, self._numbers["noise"]) if "noise" in search else noise)
 
     def _compare(self, line: Line, loss: Tensor, search: Averages) -> None:
         """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
@@ -522,26 +558,31 @@ class Layerwise(LayeredOptimizer):
         u = signal.pool(own, _minimiser(slope, curvature, length) * length)
         sizes = _minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
         layers = Layers(per_length, self._weight_norms(), self._sizes_by_decay(sizes))
-        search["step_size"] = self.bounds(sizes, signal, layers, search)
+        search.keep("step_size", self.bounds(sizes, signal, layers, search))
 
+    @torch.no_grad()
     def _weight_norms(self) -> Tensor:
         """``max(‖θ_l‖, r_l)``; unlimited for other vectors that start at zero."""
         norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
-        least = torch.as_tensor([_least_norm(layer) for layer in self._layers], dtype=norms.dtype)
-        norms = torch.maximum(norms, least.to(norms.device, non_blocking=True))
+        self._least_norms = self._least_norms.to(norms)
+        norms = torch.maximum(norms, self._least_norms)
         return norms.masked_fill(norms == 0, torch.inf)
 
     def _sizes_by_decay(self, like: Tensor) -> Tensor:
         """``ζ / w``, by the largest decay of a layer's parameters."""
         decay = [max(self.group(p)["weight_decay"] for p in layer.parameters) for layer in self._layers]
-        sizes = torch.as_tensor([self.SHRINKAGE / w if w else math.inf for w in decay], dtype=like.dtype)
-        return sizes.to(like.device, non_blocking=True)
+        return _vector([self.SHRINKAGE / w if w else math.inf for w in decay], like)
 
     def _step_sizes(self, search: Averages) -> Tensor:
         """``α``; ``σ`` is a group's ``lr``, and so for a scheduler to change."""
         sizes = search["step_size"]
-        sigma = [self.group(layer.parameters[0])["lr"] for layer in self._layers]
-        return sizes * torch.as_tensor(sigma, dtype=sizes.dtype).to(sizes.device, non_blocking=True)
+        return sizes * _vector([self.group(layer.parameters[0])["lr"] for layer in self._layers], sizes)
+
+
+def _vector(numbers: list[float], like: Tensor) -> Tensor:
+    """Numbers, mostly equal ones, written by the device itself: a copy of the host's would be waited for."""
+    runs = [like.new_full((len(list(run)),), number) for number, run in groupby(numbers)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:

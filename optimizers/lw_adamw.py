@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor
@@ -55,26 +55,36 @@ class LWAdamW(Layerwise):
         search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
         super().__init__(params, defaults, **search)
 
+    def _count(self) -> tuple[Hashable, dict[str, float]]:
+        """Bias corrections, by age and group: of parameters that were frozen for a while they are others."""
+        self._ages, known = {}, {}
+        for p in (p for layer in self._layers for p in layer.parameters):
+            state, group = self.state[p], self.group(p)
+            state["step"] = state.get("step", 0) + 1
+            self._ages[p] = known.setdefault((state["step"], *group["betas"], group["eps"]), len(known))
+        numbers = {}
+        for (step, beta1, beta2, eps), age in known.items():
+            first, root = 1 - beta1**step, (1 - beta2**step) ** 0.5
+            for name, divisor in (("direction", first), ("metric", first / (1 - beta1))):
+                numbers |= {f"{name}_scale_{age}": divisor / root, f"{name}_shift_{age}": divisor * eps}
+        return tuple(self._ages.values()), numbers
+
     def _take_in(self, parameter: Tensor) -> None:
-        group, state, g = self.group(parameter), self.state[parameter], parameter.grad
-        beta1, beta2 = group["betas"]
-        if "step" not in state:
-            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
-        state["step"] += 1
-        state["exp_avg"].lerp_(g, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        (beta1, beta2), g = self.group(parameter)["betas"], parameter.grad
+        self.buffer(parameter, "exp_avg").lerp_(g, 1 - beta1)
+        self.buffer(parameter, "exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
     def _direction(self, parameter: Tensor) -> Tensor:
-        state, beta1 = self.state[parameter], self.group(parameter)["betas"][0]
-        return self._preconditioned(parameter, state["exp_avg"], state["exp_avg_sq"].sqrt(), 1 - beta1 ** state["step"])
+        state = self.state[parameter]
+        return self._preconditioned("direction", parameter, state["exp_avg"], state["exp_avg_sq"].sqrt())
 
     def _metric(self, parameter: Tensor, e: Tensor) -> Tensor:
-        (beta1, beta2), state = self.group(parameter)["betas"], self.state[parameter]
+        beta2, state = self.group(parameter)["betas"][1], self.state[parameter]
         second_moment = state["exp_avg_sq"].addcmul(e, e, value=1 - beta2)
-        return self._preconditioned(parameter, e, second_moment.sqrt_(), (1 - beta1 ** state["step"]) / (1 - beta1))
+        return self._preconditioned("metric", parameter, e, second_moment.sqrt_())
 
-    def _preconditioned(self, parameter: Tensor, x: Tensor, root: Tensor, divisor: float) -> Tensor:
+    def _preconditioned(self, name: str, parameter: Tensor, x: Tensor, root: Tensor) -> Tensor:
         """``x / (divisor (√v̂ + ε))``, in the place of ``root``, which is ``√v``: a single copy of the parameter."""
-        group, step = self.group(parameter), self.state[parameter]["step"]
-        root.mul_(divisor / (1 - group["betas"][1] ** step) ** 0.5).add_(divisor * group["eps"])
+        age = self._ages[parameter]
+        root.mul_(self._numbers[f"{name}_scale_{age}"]).add_(self._numbers[f"{name}_shift_{age}"])
         return torch.div(x, root, out=root)

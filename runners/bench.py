@@ -11,7 +11,8 @@ sorted by kind (which of the method's intervals they end), and time per step is 
 by how often each occurs. A kind that no step was left for is represented by the first step, where all work is done.
 What a method does more often at its start is left out (`steady`): of thousands of steps that is nothing.
 
-Writes `<results.root>/bench/<device>/`: `bench.csv`, `context.csv` (one row) and `bench.pdf`, `bench.png`.
+Writes `<results.root>/bench/<device>/`, with `cuda_graphs` `<device>_graphs/`: `bench.csv`, `context.csv` (one row),
+`bench.pdf` and `bench.png`.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Contender(Trainer):
         """Take a step; what it took."""
         work, clock = self.objective.gradient_equivalents, Clock(self.device)
         clock.start()
-        self.optimizer.step(self.objective(*self.batch))
+        self.take_step(*self.batch)
         clock.stop()
         work = self.objective.gradient_equivalents - work
         return {"turn": turn, "seconds": clock.seconds - clock.waited, "waited": clock.waited, "work": work}
@@ -171,7 +172,8 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
     """Rows of one workload: every optimizer takes turns until `time.monotonic()` is `until`, two at least."""
     contenders: list[Contender] = []
     refused: dict[str, str] = {}
-    place = (f"task={task}", f"device={cfg.device}", f"threads={cfg.threads}", "tracker=none", "progress=false")
+    place = (f"task={task}", *(f"{name}={cfg[name]}" for name in ("device", "threads", "cuda_graphs")))
+    place += ("tracker=none", "progress=false")
     dataset, patience = None, PATIENCE * (until - time.monotonic())
     for entry in dict.fromkeys((REFERENCE, *cfg.optimizers)):
         name, *settings = entry.split()
@@ -235,7 +237,9 @@ def bench(cfg: DictConfig) -> Path:
     every = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
     cfg.optimizers = [name for entry in cfg.optimizers for name in (every if entry == "all" else [entry])]
     tasks = cfg.workloads or [task for task in WORKLOADS if cfg.device != "cpu" or task not in SLOW_ON_CPU]
-    folder = Path(cfg.results.root) / "bench" / cfg.device.partition(":")[0]
+    if cfg.cuda_graphs and cfg.device == "cpu":
+        raise ConfigError(f"cuda_graphs={cfg.cuda_graphs}, and steps on device=cpu cannot be; type cuda_graphs=false")
+    folder = Path(cfg.results.root) / "bench" / (cfg.device.partition(":")[0] + ("_graphs" if cfg.cuda_graphs else ""))
     check_writable(folder)
     shares = [WORKLOADS.get(task, 1) for task in tasks]
     rows = []

@@ -32,8 +32,10 @@ DTYPES = ("float32", "float64", "bfloat16")
 # Sections that may read environment variables: they say where things are, and are in no record.
 FROM_ENVIRONMENT = ("data", "results", "tracker")
 
-# Left out of the hash: where a run is made, kept and shown. The profile counts by the budget it gives.
-WHERE = ("data", "results", "tracker", "launcher", "progress", "dry_run", "tuning", "profile", "experiment")
+# Left out of the hash: where and how a run is made, kept and shown. The profile counts by the budget it gives.
+WHERE = (
+    "data", "results", "tracker", "launcher", "progress", "dry_run", "tuning", "profile", "experiment", "cuda_graphs",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -186,7 +188,12 @@ def _check(cfg: DictConfig) -> None:
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
+    if cfg.cuda_graphs not in (False, True, "if_possible"):
+        raise ConfigError(f"cuda_graphs is {cfg.cuda_graphs}; type true, false or if_possible")
     ranks = cfg.get("ranks", 1)
+    if cfg.cuda_graphs and (cfg.device == "cpu" or ranks > 1):
+        where = f"of {ranks} ranks" if ranks > 1 else "on device=cpu"
+        raise ConfigError(f"cuda_graphs={cfg.cuda_graphs}, and steps {where} cannot be; type cuda_graphs=false")
     if ranks > 1 and (size == "full" or size % ranks):
         raise ConfigError(
             f"task.batch_size is {size}, of which {ranks} ranks cannot have equal parts; type a multiple of {ranks} "

@@ -20,13 +20,17 @@ class PeakMemory:
     """The allocator's peak over marked stretches of a CUDA device; `bytes` stays None on the CPU.
 
     Args:
-        device: where training runs; what is allocated there now (the data set) is not counted.
+        device: where training runs; what is allocated there now (the data set), or by the first product of matrices
+            in a process, is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = None
         self._cuda = device.type == "cuda"
+        if self._cuda:  # libraries' workspaces, which are there once for all, in forward and in backward passes
+            x = torch.zeros(8, 8, device=device, requires_grad=True)
+            (x @ x).sum().backward()
         self._before = torch.cuda.memory_allocated(device) if self._cuda else 0
 
     def start(self) -> None:

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -93,6 +93,7 @@ class Trainer:
         self.generators = self._generators()
         self.batches = self._make_batches(self.generators)
         self.model, self.objective, self.optimizer = self._build(self.generators)
+        self.take_step = self._steps()
         self.scheduler = instantiate(cfg.schedule, self.optimizer) if cfg.schedule._target_ else None
         self.clock = Clock(self.device)
         self.bar: tqdm | None = None
@@ -180,7 +181,7 @@ class Trainer:
             while True:
                 batch = None  # without one, an error is the data's
                 batch = self._next_batch()
-                self.losses.append(self.optimizer.step(self.objective(*batch)))
+                self.losses.append(self.take_step(*batch))
                 self.step += 1
                 if self.scheduler is not None and self.step % len(self.batches) == 0:
                     self.scheduler.step()
@@ -342,6 +343,23 @@ class Trainer:
             optimizer = instantiate(settings, model.parameters(), _convert_="all")
         set_mode("train", model, optimizer)
         return model, objective, optimizer
+
+    def _steps(self) -> Callable[..., Tensor]:
+        """What takes a step on a batch's parts, and returns the loss."""
+
+        def launched(*batch):
+            return self.optimizer.step(self.objective(*batch))
+
+        if not self.cfg.cuda_graphs:
+            return launched
+        from optimizers.cuda_graphs import CapturedSteps
+
+        try:
+            return CapturedSteps(self.objective, self.optimizer)
+        except TypeError as refusal:
+            if self.cfg.cuda_graphs == "if_possible":
+                return launched
+            raise ConfigError(f"{refusal}; type cuda_graphs=false, or cuda_graphs=if_possible") from refusal
 
     def _watch(self, model: torch.nn.Module) -> torch.nn.Module:
         """Have the model end a step that is not finite; on a GPU, looking would be waiting."""

@@ -44,6 +44,11 @@ def train(compose):
     return trained
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on a GPU come last: a process that has used one can fork no others that differentiate."""
+    items.sort(key=lambda item: item.path.name == "test_cuda.py")
+
+
 def pytest_sessionfinish(session):
     """With CI set, a test that skips for want of data in an existing DATA_ROOT fails the session."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -169,7 +169,7 @@ def test_a_full_batch_has_no_sampling_noise_and_dropout_has_its_own(method):
         optimizer = method(model.parameters())
         x, y = small_batch()
         optimizer.step(small_objective(model, population=len(y))(x, y))
-        noise.append(optimizer._search["noise"])
+        noise.append(optimizer._search["noise"].clone())
     assert (noise[0] == 0).all()
     assert (noise[1] > 0).all()
 
@@ -258,7 +258,7 @@ def test_a_model_that_is_too_steep_is_corrected_as_far_as_slope_is_noise(populat
     assert share == 1 or share < 0.5
     sizes = []
     for pair in ([seen, modelled], [1.0, 1.0]):
-        search["along_step"], search["ceiling"] = torch.tensor(pair, dtype=y.dtype), torch.tensor([torch.inf])
+        search |= {"along_step": torch.tensor(pair, dtype=y.dtype), "ceiling": torch.tensor([torch.inf], dtype=y.dtype)}
         optimizer._search_step_sizes(search, torch.ones(1, dtype=y.dtype))
         sizes.append(search["step_size"].item())
     assert sizes[0] / sizes[1] == pytest.approx(1 / share, rel=0.01)
@@ -305,7 +305,7 @@ def test_the_loss_seen_after_a_step_is_the_same_function_of_the_weights(method, 
         pinned = type("Pinned", (Pinned, method), {"size": size})
         optimizer = pinned(network.parameters(), weight_decay=10.0 if setting == "decay" else 0.0)
         optimizer.step(objective(*small_batch(torch.float64)))
-        curvatures.append(optimizer._search["along_step"][0])
+        curvatures.append(optimizer._search["along_step"][0].clone())
     assert curvatures[0] == pytest.approx(curvatures[1].item(), rel=0.05)
 
 
@@ -433,3 +433,38 @@ def test_impossible_groups_are_refused(method):
     optimizer = method([{"params": weights, "lr": 1.0}, {"params": others}])
     with pytest.raises(ValueError, match="layer '0' has one step size"):
         optimizer.step(small_objective(model, population=100)(*small_batch()))
+
+
+@pytest.mark.parametrize("population", [None, 24], ids=["minibatch", "full batch"])
+@BOTH
+def test_what_changes_by_counting_alone_is_planned_and_what_is_kept_stays_in_place(method, population):
+    """A captured step is replayed with other numbers in the same memory: the host's part of it is the plan."""
+    weights = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = small_network()
+        objective, (x, y) = small_objective(model, population), small_batch()
+        optimizer = method(model.parameters(), settling=12)
+        kinds = []
+        for step in range(30):
+            before = places(optimizer)
+            plan = optimizer.plan(objective(x, y))
+            kinds.append(plan.kind)
+            if captured:
+                plan = plan._replace(numbers={key: torch.tensor(number) for key, number in plan.numbers.items()})
+            optimizer.carry_out(plan, objective(x, y))
+            if step:
+                assert places(optimizer) == before
+        assert 3 <= len(set(kinds)) <= 10
+        assert len(set(kinds[-10:])) <= 3
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def places(optimizer) -> dict:
+    """Where in memory what an optimizer keeps is."""
+    search = optimizer.state[optimizer.first].get("search", {})
+    kept = {name: value for name, value in search.items() if isinstance(value, torch.Tensor)}
+    for number, state in enumerate(optimizer.state.values()):
+        kept |= {(number, name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return {name: value.data_ptr() for name, value in kept.items()}

@@ -57,6 +57,8 @@ def test_trust_is_relative_to_no_less_than_a_part_of_the_norm_that_torch_starts_
     objective = small_objective(module)
     optimizer = LWSGDm(module.parameters())
     optimizer._layers = objective.layers
+    optimizer._group_of = dict.fromkeys(module.parameters(), optimizer.param_groups[0])
+    optimizer._check_layers(optimizer._search)
     started = optimizer._weight_norms()
     torch.testing.assert_close(started, torch.cat([p.flatten() for p in module.parameters()]).norm().view(1))
     with torch.no_grad():
@@ -94,7 +96,7 @@ def test_trust_growth_and_warm_up_bound_the_steps(method):
     for _ in range(50):
         before = [p.detach().clone() for p in objective.layers[0].parameters]
         optimizer.step(objective(*small_batch()))
-        sizes.append(optimizer._search["step_size"])
+        sizes.append(optimizer._search["step_size"].clone())
         moved = sum(((p - q) ** 2).sum() for p, q in zip(objective.layers[0].parameters, before, strict=True)) ** 0.5
         assert moved <= 1.01 * 0.01 * sum((q**2).sum() for q in before) ** 0.5
     ceilings = torch.stack([torch.stack(sizes[:i]).amax(0) for i in range(1, 51)])
@@ -127,11 +129,11 @@ def test_step_sizes_shrink_while_the_loss_rises(method, brake):
     optimizer = method(model.parameters(), averaging=0.5, trust=1e9, **UNBOUNDED | {"growth": 1.1, "brake": brake})
     optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
     search = optimizer._search
-    search |= {"slope": one, "noise": 0 * one, "curvature": 1e-9 * one.view(1, 1), "moved": one, "usual_length": one}
-    search |= {"measured": 100, "resolved": one, "loss": one[0], "ceiling": one}
+    search |= {"slope": one, "noise": 0 * one, "curvature": 1e-9 * one.view(1, 1), "moved": 1 * one}
+    search |= {"measured": 100, "resolved": 1 * one, "loss": one[0], "ceiling": 1 * one, "usual_length": 1 * one}
     noise = (math.pi / 8 * 0.5) ** 0.5 * 0.8  # of the difference of two averages of weight 0.5
     for risen in (-3.0, 0.0, 0.25, 1.0, 7.0):
-        before = search["ceiling"]
+        before = search["ceiling"].clone()
         search |= {"loss_deviation": 0.8 * one[0], "past_loss": search["loss"] - risen * noise}
         optimizer._search_step_sizes(search, per_length=one)
         part = min(max(risen, 0.0), 1.0)
@@ -158,7 +160,7 @@ def test_the_noise_of_a_steady_loss_does_not_brake(method):
     search["resolved"] = torch.ones(())
     for loss in torch.randn(4000, generator=torch.Generator().manual_seed(0)):
         search["measured"] += 1
-        search.add_loss(5 + loss)
+        search.add_loss(5 + loss, search.weight())
         risen.append(search.rise())
     risen = torch.stack(risen[200:])
     assert risen.mean().abs() < 0.2

@@ -82,6 +82,8 @@ def test_folder_is_task_optimizer_hash(compose):
         ("seed=-1", "seed is -1"),
         ("seed=first", "seed is first"),
         ("threads=0", "threads is 0"),
+        ("cuda_graphs=perhaps", "cuda_graphs is perhaps; type true, false or if_possible"),
+        ("cuda_graphs=true", "cuda_graphs=True, and steps on device=cpu cannot be; type cuda_graphs=false"),
         ("device=tpu", "device is tpu; choose one of auto, cpu, cuda, cuda:N"),
         ("optimizer._target_=os.system", "optimizer._target_ is os.system; only these packages"),
         ("+task.model.inner={_target_:builtins.eval}", "task.model.inner._target_ is builtins.eval"),

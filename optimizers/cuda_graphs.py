@@ -1,0 +1,169 @@
+"""Whole training steps as CUDA graphs, for nets so small that launching a step's kernels takes longer than they do.
+
+::
+
+    step = CapturedSteps(objective, optimizer)
+    for inputs, targets in loader:
+        loss = step(inputs, targets)
+
+trains as ``optimizer.step(objective(inputs, targets))`` does, at the same random numbers. Every kind of step is taken
+twice as ever, then captured, and from then on replayed: the host says once what is to be done, not kernel by kernel.
+
+Captured is what is on the device. What the host counts is not: so a layer-wise method *plans* a step on the host
+(``optimizers.layerwise.Plan``), which tells its kind (whether noise is measured, say) and the numbers in it that change
+by counting alone, such as bias corrections; those are sent along with the batch. Steps of torch's SGD and Adam differ
+by nothing but the groups' settings; Adam's count is kept on the device (``capturable``). Settings that change, by a
+scheduler for instance, have steps captured anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from optimizers.layer_specific import LayerSpecificSGD
+from optimizers.layerwise import Layerwise, Plan
+from optimizers.objective import Minibatch, Objective
+
+#: Optimizers beside the layer-wise ones whose steps can be captured: nothing of them is decided or counted on the host.
+UNCOUNTED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, LayerSpecificSGD)
+
+#: Steps of each kind before it is captured: libraries load what they need, and what is kept takes its place in memory.
+WARM = 2
+
+
+def check_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps cannot be captured.
+
+    Raises:
+        TypeError: naming those that can.
+    """
+    if not isinstance(optimizer, Layerwise) and type(optimizer) not in UNCOUNTED:
+        names = ", ".join(kind.__name__ for kind in UNCOUNTED)
+        raise TypeError(
+            f"{type(optimizer).__name__}'s steps cannot be captured in CUDA graphs, for the host takes part in them; "
+            f"those of LWSGDm, LWAdamW, {names} can"
+        )
+
+
+class CapturedSteps:
+    """Steps of one optimizer on one objective, replayed once they have been captured.
+
+    State has to stay where it is in memory: after ``load_state_dict``, or with other modules, make a new one.
+
+    Args:
+        objective: on a CUDA device.
+        optimizer: a layer-wise method, or one of ``UNCOUNTED``.
+
+    Raises:
+        TypeError: the optimizer's steps cannot be captured.
+        ValueError: the parameters are not on a CUDA device.
+    """
+
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
+        check_capturable(optimizer)
+        self.objective, self.optimizer = objective, optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self._parameters[0].device
+        if device.type != "cuda":
+            raise ValueError(f"steps are captured on a CUDA device, and the parameters are on {device}")
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._settings = None
+        self._seen: Counter[Hashable] = Counter()
+        self._captured: dict[Hashable, _Capture] = {}
+
+    def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+        """One step; arguments as of ``Objective``, the loss as of ``optimizer.step``."""
+        minibatch = self.objective(inputs, targets, rows)
+        if (settings := self._present_settings()) != self._settings:
+            self._settings = settings
+            self._seen.clear()
+            self._captured.clear()
+        plan = self._plan(minibatch)
+        kind = plan.kind, *map(_form, _tensors(minibatch))
+        capture = self._captured.get(kind)
+        if capture is None:
+            self._seen[kind] += 1
+            if self._seen[kind] <= WARM:
+                return self._aside(lambda: self._carry_out(plan, minibatch))
+            capture = self._captured[kind] = self._aside(lambda: _Capture(self, plan, minibatch))
+        else:
+            self.objective.gradient_equivalents += capture.work
+        return capture.replay(plan, minibatch)
+
+    def _plan(self, minibatch: Minibatch) -> Plan:
+        return self.optimizer.plan(minibatch) if isinstance(self.optimizer, Layerwise) else Plan(None, {}, None)
+
+    def _carry_out(self, plan: Plan, minibatch: Minibatch) -> Tensor:
+        if isinstance(self.optimizer, Layerwise):
+            return self.optimizer.carry_out(plan, minibatch)
+        return self.optimizer.step(minibatch)
+
+    def _present_settings(self) -> tuple:
+        """What a step depends on beside tensors and its plan."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return repr(groups), [p.requires_grad for p in self._parameters], self.objective.model.training
+
+    def _aside(self, work):
+        """Do it on the stream of all captures, where libraries keep their workspaces."""
+        present = torch.cuda.current_stream()
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            done = work()
+        present.wait_stream(self._stream)
+        return done
+
+
+class _Capture:
+    """The graph of one kind of step, with the places where its batch and its numbers are put."""
+
+    def __init__(self, steps: CapturedSteps, plan: Plan, minibatch: Minibatch) -> None:
+        objective = steps.objective
+        places: dict[int, Tensor] = {}  # an autoencoder's targets are its very inputs
+
+        def place(x: Tensor | None) -> Tensor | None:
+            return x if x is None or _stays(x) else places.setdefault(id(x), x.clone())
+
+        self._batch = objective(tuple(map(place, minibatch.inputs)), place(minibatch.targets), place(minibatch.rows))
+        self._numbers = steps._parameters[0].new_zeros(len(plan.numbers))
+        numbers = dict(zip(plan.numbers, self._numbers.unbind(), strict=True))
+        self._graph = torch.cuda.CUDAGraph()
+        if objective.generator is not None:
+            self._graph.register_generator_state(objective.generator)
+        before = objective.gradient_equivalents
+        with torch.cuda.graph(self._graph, pool=steps._pool, stream=steps._stream):
+            self._loss = steps._carry_out(plan._replace(numbers=numbers), self._batch)
+        self.work = objective.gradient_equivalents - before
+
+    def replay(self, plan: Plan, minibatch: Minibatch) -> Tensor:
+        """The step on another batch; its loss."""
+        for place, x in zip(_tensors(self._batch), _tensors(minibatch), strict=True):
+            if place is not x:
+                place.copy_(x)
+        if plan.numbers:
+            numbers = torch.tensor(list(plan.numbers.values()), dtype=self._numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+        self._graph.replay()
+        return self._loss.clone()
+
+
+def _tensors(minibatch: Minibatch) -> list[Tensor]:
+    """What a minibatch is made of, each once."""
+    tensors = (*minibatch.inputs, minibatch.targets, minibatch.rows)
+    return list({id(x): x for x in tensors if x is not None}.values())
+
+
+def _stays(x: Tensor) -> bool:
+    """Whether a tensor is captured as it is: a graph's sparse matrices, which are the same in every step."""
+    return x.layout != torch.strided
+
+
+def _form(x: Tensor) -> Hashable:
+    return id(x) if _stays(x) else (x.shape, x.dtype)
