@@ -49,6 +49,12 @@ def check_capturable(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse what is no CUDA device, by a ``ValueError``."""
+    if device.type != "cuda":
+        raise ValueError(f"steps are captured on a CUDA device, and the parameters are on {device}")
+
+
 class CapturedSteps:
     """Steps of one optimizer on one objective, replayed once they have been captured.
 
@@ -68,8 +74,7 @@ class CapturedSteps:
         self.objective, self.optimizer = objective, optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         device = self._parameters[0].device
-        if device.type != "cuda":
-            raise ValueError(f"steps are captured on a CUDA device, and the parameters are on {device}")
+        check_device(device)
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
@@ -132,7 +137,7 @@ class _Capture:
             return x if x is None or _stays(x) else places.setdefault(id(x), x.clone())
 
         self._batch = objective(tuple(map(place, minibatch.inputs)), place(minibatch.targets), place(minibatch.rows))
-        self._numbers = steps._parameters[0].new_zeros(len(plan.numbers))
+        self._numbers = steps._parameters[0].new_tensor(list(plan.numbers.values()))
         numbers = dict(zip(plan.numbers, self._numbers.unbind(), strict=True))
         self._graph = torch.cuda.CUDAGraph()
         if objective.generator is not None:
@@ -148,8 +153,8 @@ class _Capture:
             if place is not x:
                 place.copy_(x)
         if plan.numbers:
-            numbers = torch.tensor(list(plan.numbers.values()), dtype=self._numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+            numbers = torch.tensor(list(plan.numbers.values()), dtype=self._numbers.dtype)
+            self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._loss.clone()
 
