@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import UserDict
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Averages(UserDict):
         """Weight of the past in an average when a measurement is added."""
         return self.averaging ** (self.span if self.settled else 1)
 
+    @cached_property
+    def _learns(self) -> Tensor:
+        """Whether the batch's loss is more than rounding."""
+        return self["resolved"] == 1
+
     def weight(self, count: int = 1) -> float:
         """Weight of the past when a measurement that stands for ``count`` is added, so that no start biases."""
         late = max(self["measured"] - self.settling, 0)
@@ -46,7 +52,7 @@ class Averages(UserDict):
     def remember(self, name: str, value: Tensor) -> None:
         """Keep ``value``, unless the batch's loss is down to rounding: then what was known."""
         if name in self:
-            torch.where(self["resolved"] == 1, value, self[name], out=self[name])
+            torch.where(self._learns, value, self[name], out=self[name])
         else:
             self.keep(name, value)
 

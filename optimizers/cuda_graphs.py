@@ -18,8 +18,10 @@ scheduler for instance, have steps captured anew.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Hashable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -58,7 +60,10 @@ def check_device(device: torch.device) -> None:
 class CapturedSteps:
     """Steps of one optimizer on one objective, replayed once they have been captured.
 
-    State has to stay where it is in memory: after ``load_state_dict``, or with other modules, make a new one.
+    What a step does is looked at when it is captured. Other settings of the groups, modules in another mode, frozen
+    parameters and batches of another shape are noticed, and captured in turn; whatever else is changed by hand (a
+    dropout's rate, ``max_norm``) is not, nor a state that is loaded: make a new one then. Between steps ``.grad`` is
+    not to be read.
 
     Args:
         objective: on a CUDA device.
@@ -78,20 +83,26 @@ class CapturedSteps:
         for group in optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
+        for state in (optimizer.state[p] for p in self._parameters if p in optimizer.state):
+            state.update({name: x.to(device) for name, x in state.items() if isinstance(x, Tensor)})
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._settings = None
+        self._circumstances = self._layers = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was captured."""
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, _Capture] = {}
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Tensor:
         """One step; arguments as of ``Objective``, the loss as of ``optimizer.step``."""
         minibatch = self.objective(inputs, targets, rows)
-        if (settings := self._present_settings()) != self._settings:
-            self._settings = settings
-            self._seen.clear()
-            self._captured.clear()
         plan = self._plan(minibatch)
+        circumstances, layers = self._present_circumstances(), self.objective._layers
+        if circumstances != self._circumstances or layers is not self._layers:
+            self._circumstances, self._layers = circumstances, layers
+            self._begin()
         kind = plan.kind, *map(_form, _tensors(minibatch))
         capture = self._captured.get(kind)
         if capture is None:
@@ -111,14 +122,16 @@ class CapturedSteps:
             return self.optimizer.carry_out(plan, minibatch)
         return self.optimizer.step(minibatch)
 
-    def _present_settings(self) -> tuple:
-        """What a step depends on beside tensors and its plan."""
+    def _present_circumstances(self) -> tuple:
+        """What a step depends on beside tensors and its plan, as far as it is looked after."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return repr(groups), [p.requires_grad for p in self._parameters], self.objective.model.training
+        trained = [p.requires_grad for p in self._parameters]
+        modes = [module.training for module in self.objective.model.modules()]
+        return repr(groups), trained, modes
 
     def _aside(self, work):
         """Do it on the stream of all captures, where libraries keep their workspaces."""
-        present = torch.cuda.current_stream()
+        present = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):
             done = work()
@@ -143,9 +156,10 @@ class _Capture:
         if objective.generator is not None:
             self._graph.register_generator_state(objective.generator)
         before = objective.gradient_equivalents
-        with torch.cuda.graph(self._graph, pool=steps._pool, stream=steps._stream):
+        with _no_garbage(), torch.cuda.graph(self._graph, pool=steps._pool, stream=steps._stream):
             self._loss = steps._carry_out(plan._replace(numbers=numbers), self._batch)
         self.work = objective.gradient_equivalents - before
+        objective.model.zero_grad()  # theirs is memory that other captures use
 
     def replay(self, plan: Plan, minibatch: Minibatch) -> Tensor:
         """The step on another batch; its loss."""
@@ -157,6 +171,17 @@ class _Capture:
             self._numbers.copy_(numbers.pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._loss.clone()
+
+
+@contextmanager
+def _no_garbage():
+    """Nothing is collected within: a graph that is destroyed while another one is captured ends the capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _tensors(minibatch: Minibatch) -> list[Tensor]:

@@ -51,11 +51,14 @@ class LayerSpecific(LayeredOptimizer):
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
+        known = self._layers
         layers = self.find_layers(closure)
         loss = self.fill_gradients(closure)
         gradients = [[self.decayed_gradient(p) for p in layer.parameters] for layer in layers]
         norms = torch.stack([torch.stack(torch._foreach_norm(gs)).norm() for gs in gradients])
-        self._multipliers = rate_multiplier(norms)
+        if self._multipliers is None or layers is not known:
+            self._multipliers = torch.empty_like(norms)
+        self._multipliers.copy_(rate_multiplier(norms))  # in one place, for steps that are captured
         for layer, gs, multiplier in zip(layers, gradients, self._multipliers.unbind(), strict=True):
             for p, g in zip(layer.parameters, gs, strict=True):
                 self._move(p, g, self.group(p)["lr"] * multiplier)

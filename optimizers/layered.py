@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 
 import torch
@@ -80,7 +81,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         """For copies and pickles: torch's keeps no settings. Layers are found anew, a scheduler's ``step`` stays."""
-        found = ("_layers", "_group_of", "_ages", "step")
+        found = ("_layers", "_parameters", "_group_of", "_ages", "step")
         return {name: value for name, value in self.__dict__.items() if name not in found}
 
     def state_dict(self) -> dict:
@@ -145,7 +146,8 @@ class LayeredOptimizer(torch.optim.Optimizer):
 
 def dot(xs, ys) -> Tensor:
     """The inner product of two lists of tensors."""
-    return sum(torch.vdot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True))
+    products = (torch.vdot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True))
+    return functools.reduce(torch.add, products)  # sum() would add the first to a zero
 
 
 def check(ok: bool, name: str, value, wanted: str) -> None:

@@ -370,9 +370,8 @@ class Layerwise(LayeredOptimizer):
         raise NotImplementedError
 
     def _take_in_gradients(self) -> None:
-        for layer in self._layers:
-            for p in layer.parameters:
-                self._take_in(p)
+        for p in self._parameters:
+            self._take_in(p)
 
     def _descend(self, search: Averages) -> None:
         for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
@@ -384,7 +383,11 @@ class Layerwise(LayeredOptimizer):
             decay = self.group(p)["weight_decay"]
             if decay:
                 p.mul_(1 - alpha * decay)
-            p.sub_(alpha * self._direction(p))
+            p.addcmul_(self._direction(p), alpha, value=-1)
+
+    def _by_layer(self, of_parameters: Tensor) -> Tensor:
+        """Sums of the parameters' numbers over each layer."""
+        return of_parameters.new_zeros(len(self._layers)).index_add_(0, self._layer_of, of_parameters)
 
     # The search -------------------------------------------------------------------------------------------------------
 
@@ -406,6 +409,9 @@ class Layerwise(LayeredOptimizer):
             search.clear()
             search.update(step=0, measured=0)
         search["layers"] = self.layer_names
+        self._parameters = [p for layer in self._layers for p in layer.parameters]
+        number = [i for i, layer in enumerate(self._layers) for _ in layer.parameters]
+        self._layer_of = torch.tensor(number, device=self.first.device)
         self._least_norms = torch.tensor([_least_norm(layer) for layer in self._layers], dtype=torch.float64)
 
     def _warn_of_rates(self, search: Averages) -> None:
@@ -503,27 +509,32 @@ class Layerwise(LayeredOptimizer):
         self, minibatch: Minibatch, trace: Trace, retain_graph: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Take every gradient in; the loss, and by layer ``gᵀd``, ``‖d‖²`` and the slope ``w gᵀθ`` along decay."""
-        seen: dict[torch.nn.Parameter, Tensor] = {}
+        seen: dict[torch.nn.Parameter, list[Tensor]] = {}
+        decays = any(group["weight_decay"] for group in self.param_groups)
 
         def see(p: torch.nn.Parameter) -> None:
             self._take_in(p)
-            d, decay = self._direction(p), self.group(p)["weight_decay"]
-            seen[p] = torch.stack([dot([p.grad], [d]), dot([d], [d]), dot([p.grad], [p]) * decay])
+            d = self._direction(p)
+            seen[p] = [dot([p.grad], [d]), dot([d], [d])]
+            if decays:
+                seen[p].append(dot([p.grad], [p]) * self.group(p)["weight_decay"])
 
         loss = minibatch.visit_gradients(trace, see, retain_graph)
-        by_layer = torch.stack([sum(seen[p] for p in layer.parameters) for layer in self._layers])
-        return loss, *by_layer.unbind(1)
+        columns = zip(*(seen[p] for p in self._parameters), strict=True)
+        sums = [self._by_layer(torch.stack(column)) for column in columns]
+        return loss, *(sums if decays else (*sums, torch.zeros_like(sums[0])))
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: Averages) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""
-        noise = {p: torch.zeros_like(per_length[0]) for layer in self._layers for p in layer.parameters}
+        noise: dict[torch.nn.Parameter, Tensor] = {}
 
         def measure(p: Tensor, e: Tensor) -> None:
             noise[p] = dot([e], [self._metric(p, e)])
 
         if minibatch.noisy:
             minibatch.noise(trace, measure)
-        noise = torch.stack([sum(noise[p] for p in layer.parameters) for layer in self._layers])
+        none = torch.zeros_like(per_length[0])
+        noise = self._by_layer(torch.stack([noise.get(p, none) for p in self._parameters]))
         noise = noise / minibatch.clipped * per_length  # of the slope, which is the loss's own
         search.remember("noise", search["noise"].lerp(noise, self._numbers["noise"]) if "noise" in search else noise)
 
@@ -563,7 +574,7 @@ class Layerwise(LayeredOptimizer):
     @torch.no_grad()
     def _weight_norms(self) -> Tensor:
         """``max(‖θ_l‖, r_l)``; unlimited for other vectors that start at zero."""
-        norms = torch.stack([dot(layer.parameters, layer.parameters) for layer in self._layers]).sqrt()
+        norms = self._by_layer(torch.stack(torch._foreach_norm(self._parameters)).square()).sqrt()
         self._least_norms = self._least_norms.to(norms)
         norms = torch.maximum(norms, self._least_norms)
         return norms.masked_fill(norms == 0, torch.inf)

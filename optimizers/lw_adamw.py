@@ -58,7 +58,7 @@ class LWAdamW(Layerwise):
     def _count(self) -> tuple[Hashable, dict[str, float]]:
         """Bias corrections, by age and group: of parameters that were frozen for a while they are others."""
         self._ages, known = {}, {}
-        for p in (p for layer in self._layers for p in layer.parameters):
+        for p in self._parameters:
             state, group = self.state[p], self.group(p)
             state["step"] = state.get("step", 0) + 1
             self._ages[p] = known.setdefault((state["step"], *group["betas"], group["eps"]), len(known))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra.utils
@@ -94,7 +95,12 @@ def _read(path: Path, device: torch.device) -> dict:
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     declared = [hydra.utils.get_object(name) for name in foreign if name.startswith(tuple(f"{p}." for p in CALLABLE))]
     with torch.serialization.safe_globals(declared):
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=_to(device), weights_only=True)
+
+
+def _to(device: torch.device) -> Callable:
+    """What was on a GPU goes to this one; what steps count on the CPU, so as not to wait for it, stays there."""
+    return lambda storage, place: storage if place == "cpu" or device.type == "cpu" else storage.to(device=device)
 
 
 def random_state(device: torch.device) -> dict:

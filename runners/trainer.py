@@ -407,6 +407,7 @@ class Trainer:
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.take_step = self._steps()
         if self.scheduler:
             self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.rows, self.layers = state["step"], state["rows"], state["layers"]

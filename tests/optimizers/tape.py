@@ -11,18 +11,32 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+ATEN = torch.ops.aten
+BY_THE_HOST = (
+    ATEN._local_scalar_dense.default,
+    ATEN.lift_fresh.default,
+    ATEN.nonzero.default,
+    ATEN.masked_select.default,
+)
+
 
 class Tape(TorchDispatchMode):
-    """Stands in for ``torch.cuda.CUDAGraph``. The step is taken while it is captured; so the first replay is none."""
+    """Stands in for ``torch.cuda.CUDAGraph``. The step is taken while it is captured; so the first replay is none.
+
+    Graphs share memory: what one has left there, but for what was there before, is overwritten by another.
+    """
+
+    made: list["Tape"] = []  # noqa: RUF012 - emptied by `install`
 
     def __init__(self):
         super().__init__()
         self.operations, self.taken = [], False
+        self.made.append(self)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a number is read back during capture")
+        if function in BY_THE_HOST:
+            raise RuntimeError(f"{function} cannot be captured: the host takes part in it")
         here = tree_map(as_it_is, (args, kwargs))
         outputs = function(*args, **kwargs)
         if not function.is_view and torch.Tag.inplace_view not in function.tags:
@@ -37,10 +51,22 @@ class Tape(TorchDispatchMode):
         if not self.taken:
             self.taken = True
             return
+        for other in self.made:
+            other.spoil()
         for function, args, kwargs, outputs in self.operations:
             again = function(*args, **kwargs)
             if not function._schema.is_mutable:
                 tree_map(lambda old, new: old.copy_(new) if isinstance(old, torch.Tensor) else old, outputs, again)
+
+    def spoil(self):
+        """Leave nothing of what was computed."""
+        for function, *_, outputs in self.operations:
+            if not function._schema.is_mutable:
+                tree_map(lambda x: x.fill_(torch.nan) if is_floating(x) else x, outputs)
+
+
+def is_floating(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def as_it_is(x):
@@ -57,11 +83,12 @@ def recorded(graph, pool, stream):
 
 def install(monkeypatch, module):
     """Have a module capture on tapes."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    Tape.made.clear()
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=None)
     for name, stand_in in {
         "Stream": lambda device: stream,
         "stream": lambda stream: nullcontext(),
-        "current_stream": lambda: stream,
+        "current_stream": lambda device: stream,
         "graph_pool_handle": lambda: None,
         "CUDAGraph": Tape,
         "graph": recorded,

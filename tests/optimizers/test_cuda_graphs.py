@@ -101,3 +101,39 @@ def test_an_optimizer_in_whose_steps_the_host_takes_part_is_refused():
 def test_parameters_on_a_cpu_are_refused():
     with pytest.raises(ValueError, match="the parameters are on cpu"):
         steps("lw_sgdm")
+
+
+def test_modules_that_change_their_mode_are_captured_in_turn(monkeypatch):
+    tape.install(monkeypatch, cuda_graphs)
+    model, batch = images()
+    take = CapturedSteps(cases.small_objective(model, 400), cases.build("lw_adamw", model.parameters()))
+    for number in range(40):
+        if number == 20:
+            model[1].eval()
+            before = model[1].running_mean.clone()
+        take(*batch(number))
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_rates_are_told_whatever_the_size_of_the_last_batch(monkeypatch):
+    tape.install(monkeypatch, cuda_graphs)
+    model, batch = images()
+    optimizer = cases.build("layer_specific", model.parameters())
+    take, told = CapturedSteps(cases.small_objective(model, 400), optimizer), []
+    for number in range(12):
+        x, y = batch(number)
+        size = 40 if number % 3 == 2 else 96
+        take(x[:size], y[:size])
+        told.append(optimizer.diagnostics()["0"]["step_size"].item())
+    assert len(set(told)) > 3
+
+
+def test_a_step_in_which_the_host_takes_part_ends_the_capture(monkeypatch):
+    tape.install(monkeypatch, cuda_graphs)
+    model, batch = images()
+    model.append(nn.Module())
+    model[-1].forward = lambda x: x * x.mean().item()
+    take = CapturedSteps(cases.small_objective(model, 400), cases.build("sgd", model.parameters()))
+    take(*batch(0)), take(*batch(1))
+    with pytest.raises(RuntimeError, match="cannot be captured: the host takes part"):
+        take(*batch(2))
