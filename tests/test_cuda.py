@@ -191,20 +191,20 @@ def test_what_cannot_be_captured_is_refused_or_launched(train):
     assert read_summary(train(*settings, "cuda_graphs=if_possible"))["steps"] == 4
 
 
-@pytest.mark.parametrize("graphs", ["false", "true"])
-@pytest.mark.parametrize("name", ["sgdm", "lw_sgdm", "lw_adamw"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, graphs, train, monkeypatch, tmp_path):
-    settings = (f"optimizer={name}", "budget.steps=40", "device=cuda", f"cuda_graphs={graphs}")
+@pytest.mark.parametrize(("before", "after"), [("false", "false"), ("true", "true"), ("false", "true")])
+@pytest.mark.parametrize("name", ["sgdm", "adamw", "lw_sgdm", "lw_adamw"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(name, before, after, train, monkeypatch, tmp_path):
+    settings = (f"optimizer={name}", "budget.steps=40", "device=cuda")
     whole = read_table(train(*settings) / "metrics.csv")
     settings += (f"results.root={tmp_path}/elsewhere",)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_checkpoint_due", lambda self: self.step == 13)
         patch.setattr(trainer.Trainer, "_save_checkpoint", stop_after(trainer.Trainer._save_checkpoint))
         with pytest.raises(trainer.RunFailed):
-            train(*settings)
-    again = read_table(train(*settings) / "metrics.csv")
+            train(*settings, f"cuda_graphs={before}")
+    again = read_table(train(*settings, f"cuda_graphs={after}") / "metrics.csv")
     for a, b in zip(whole, again, strict=True):
-        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
 
 
 def stop_after(save):
