@@ -198,6 +198,11 @@ def _all_hold(measure: str, rows: list[dict], failing: str, where: str = "", mis
     return Verdict(measure, NOT_REPRODUCED, f"{len(failed)} of {len(rows)}{where} fail: {names}", rows)
 
 
+def _costs_hold(measure: str, rows: list[dict], failing: str, where: str, missing: str) -> Verdict:
+    """Costs are no matter of chance: one that is too high decides, whatever has not been measured."""
+    return _all_hold(measure, rows, failing, where, missing if all(row["holds"] for row in rows) else "")
+
+
 def _unresolved(rows: list[dict]) -> str:
     """Comparisons that hold only because so few seeds cannot tell the difference from chance."""
     worse = [row for row in rows if row["holds"] and (-1 if row["larger"] else 1) * row["difference"] > row["margin"]]
@@ -218,7 +223,7 @@ def cost_ratio(column: str, measure: str, limit: float, text: str) -> Callable[[
         for row in rows:
             row |= {"ratio": row.pop(column), "limit": limit}
             row["holds"] = row["ratio"] <= limit
-        return _all_hold(measure, rows, text, where, missing)
+        return _costs_hold(measure, rows, text, where, missing)
 
     return lambda records, claim: [guarded(measure, lambda: judge(records, claim))]
 
@@ -276,7 +281,7 @@ def rescaling_cost(records: Records, claim: Claim) -> list[Verdict]:
                 row["ratio"] <= time * (1 + ABOUT) and row["memory_ratio"] <= memory * (1 + ABOUT)
                 for time, memory in ((1.5, 2.0), (2.0, 1.0))
             )
-        return _all_hold("cost per step", rows, "costs more", where, missing)
+        return _costs_hold("cost per step", rows, "costs more", where, missing)
 
     return [guarded("cost per step", judge)]
 

@@ -215,7 +215,7 @@ def draw(table: pd.DataFrame, folder: Path, words: str) -> None:
 
     tasks, names = list(table.workload.unique()), list(table.optimizer.unique())[::-1]
     figure, axes = style.canvas(
-        "Cost of a step", len(tasks), rows=2, height=max(1.2, 0.5 + 0.14 * len(names)), note=words
+        "Cost of a step", len(tasks), rows=2, height=max(2.0, 0.5 + 0.14 * len(names)), note=words
     )
     for row, measure in zip(axes, ("time", "memory"), strict=True):
         for axis, task in zip(row, tasks, strict=True):

@@ -28,6 +28,7 @@ class PeakMemory:
         self.device = device
         self.bytes = None
         self._cuda = device.type == "cuda"
+        gc.collect()  # what was here before is not to be freed within
         if self._cuda:  # libraries' workspaces, which are there once for all, in forward and in backward passes
             x = torch.zeros(8, 8, device=device, requires_grad=True)
             (x @ x).sum().backward()

@@ -112,7 +112,8 @@ class Graph:
         torch.manual_seed(5)
         adjacency = torch.eye(40) + torch.roll(torch.eye(40), 1, 0) + torch.roll(torch.eye(40), -1, 0)
         features = (torch.rand(40, 30) > 0.7).float()
-        self.model = GCN(features=30, hidden=8, classes=3).to(device)
+        self.model = GCN(features=30, hidden=8, classes=3).to(device, torch.float64)
+        features, adjacency = features.double(), adjacency.double()
         self.inputs = features.to(device).to_sparse_csr(), (adjacency / 3).to(device).to_sparse_csr()
         self.rows = torch.arange(0, 40, 2, device=device)
         self.targets = features[::2, :3].argmax(1).to(device)
@@ -126,9 +127,10 @@ class Images:
 
     def __init__(self, device):
         torch.manual_seed(5)
-        self.model = nn.Sequential(*cases.small_network().children(), nn.Dropout(0.1), nn.Linear(3, 3)).to(device)
+        self.model = nn.Sequential(*cases.small_network().children(), nn.Dropout(0.1), nn.Linear(3, 3))
+        self.model.to(device, torch.float64)
         generator = torch.Generator().manual_seed(6)
-        self.x = torch.randn(400, 1, 8, 8, generator=generator).to(device)
+        self.x = torch.randn(400, 1, 8, 8, generator=generator).to(device, torch.float64)
         self.y = (self.x.flatten(1)[:, :3]).argmax(1)
 
     def batch(self, number):
@@ -164,6 +166,7 @@ def training(problem, name, captured, steps=160):
 @pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize("problem", [Images, Graph])
 def test_captured_steps_are_those_that_are_launched(problem, name):
+    """In double precision, for over so many steps rounding grows; Adam's count on the device is in single precision."""
     losses, weights, work, _ = training(problem, name, captured=False)
     again = training(problem, name, captured=True)
     assert again[2] == pytest.approx(work)
@@ -175,13 +178,13 @@ def test_captured_steps_are_those_that_are_launched(problem, name):
 @pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize("task", ["autoencoder_curves_small", "cnn_digits", "gcn_sbm"])
 def test_a_run_of_captured_steps_has_the_same_record(name, task, train, tmp_path):
-    settings = (f"task={task}", f"optimizer={name}", "budget.steps=88", "device=cuda")
+    settings = (f"task={task}", f"optimizer={name}", "budget.steps=88", "device=cuda", "task.dtype=float64")
     tables = [
         read_table(train(*settings, f"results.root={tmp_path}/{graphs}", f"cuda_graphs={graphs}") / "metrics.csv")
         for graphs in ("false", "true")
     ]
     for launched, captured in zip(*tables, strict=True):
-        assert float(captured["train_loss"]) == pytest.approx(float(launched["train_loss"]), rel=3e-2, abs=1e-3)
+        assert float(captured["train_loss"]) == pytest.approx(float(launched["train_loss"]), rel=1e-2, abs=1e-4)
 
 
 def test_what_cannot_be_captured_is_refused_or_launched(train):
