@@ -9,6 +9,7 @@ are the protocol's.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -266,8 +267,11 @@ def _bench_row(records: Records, device: str, workload: str, method: str, rival:
     table = table[table.workload == workload].set_index("optimizer")
     if not {method, rival} <= set(table.index):
         raise NotTestedError(f"the benchmark on {device} has no {method} or no {rival} on {workload}")
+    ratios = {c: float(table[COSTS[c]][method] / table[COSTS[c]][rival]) for c in columns}
+    if any(map(math.isnan, ratios.values())):
+        raise NotTestedError(f"the benchmark on {device} has not measured {' and '.join(columns)} on {workload}")
     row = {"task": f"{workload} ({device})", "method": method, "rival": rival, "n": int(table.steps[method])}
-    return row | {c: float(table[COSTS[c]][method] / table[COSTS[c]][rival]) for c in columns}
+    return row | ratios
 
 
 def rescaling_cost(records: Records, claim: Claim) -> list[Verdict]:

@@ -228,6 +228,8 @@ def test_time_claims_fall_back_on_the_benchmark(contended):
     assert verdicts(contended, "LW-4")["LW-4", "time per step"] == UNTESTED
     (verdict,) = claim.test(load(contended), claim)
     assert verdict.reason.endswith("; 1 of the 1 comparisons that there are of the benchmark hold")
+    bench(contended, sgdm=1, lw_sgdm=2.4)  # too high decides, whatever is missing
+    assert verdicts(contended, "LW-4")["LW-4", "time per step"] == NO
     bench(contended, sgdm=1, curvature_rescaling=1.6)
     assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == YES
     bench(contended, sgdm=1, curvature_rescaling=2.4)
