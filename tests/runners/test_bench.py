@@ -14,7 +14,7 @@ def tables(tmp_path_factory):
     """The files of a short benchmark of an embedded workload, with a method that cannot be built."""
     root = tmp_path_factory.mktemp("bench")
     command = [
-        sys.executable, "-m", "runners.bench", f"results.root={root}", "seconds=15", "threads=1", "device=cpu",
+        sys.executable, "-m", "runners.bench", f"results.root={root}", "seconds=25", "threads=1", "device=cpu",
         "workloads=[cnn_digits]", 'optimizers=[adamw,lw_sgdm,"lw_sgdm every=10","sgd lr=-1"]',
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
