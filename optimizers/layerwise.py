@@ -423,7 +423,7 @@ class Layerwise(LayeredOptimizer):
                 f"edge of stability), not a learning rate: its steps are {2 / least:.0e} times as short as usual. "
                 "Schedules that multiply (LambdaLR, StepLR, CosineAnnealingLR) suit it; of those that set "
                 "rates (OneCycleLR, CyclicLR) give max_lr=2",
-                stacklevel=4,
+                stacklevel=7,  # of who called `step`, through torch's wrappers
             )
 
     def _due(self, minibatch: Minibatch, search: Averages) -> Due:
