@@ -253,8 +253,10 @@ def _ratios(records: Records, task: str, method: str, rival: str, columns: tuple
     found = {}
     for column in columns:
         alone = column == "seconds_per_step"
-        ours, theirs = (runs_of(records, task, name, alone=alone)[column] for name in (method, rival))
-        ratios = (ours / theirs).replace([np.inf, -np.inf], np.nan).dropna()
+        ours, theirs = (runs_of(records, task, name, alone=alone) for name in (method, rival))
+        if ours.driver.notna().any() != theirs.driver.notna().any():
+            raise NotTestedError(f"of {method} and {rival} on {task} one was run on a GPU, the other on a CPU")
+        ratios = (ours[column] / theirs[column]).replace([np.inf, -np.inf], np.nan).dropna()
         if not len(ratios):
             raise NotTestedError(f"{column} of {method} or {rival} on {task} was not measured")
         found = {"n": len(ratios)} | found | {column: float(ratios.median())}

@@ -39,12 +39,15 @@ def results(records: Records, *tasks: str) -> pd.DataFrame:
         row |= {"trials": int(tuning.get("trials") or 0), "on_edge": bool(tuning.get("on_edge") or False)}
         row |= {"train_seconds": runs.train_seconds.mean(), "seconds_per_step": runs.seconds_per_step.median()}
         row |= {"peak_memory_mb": runs.peak_memory_bytes.median() / 1e6, "contended": bool(runs.contended.any())}
+        row |= {"on_gpu": bool(runs.driver.notna().any())}
         rows.append(row)
     table = pd.DataFrame(rows)
     if len(table):
         base = table[table.optimizer == BASE].set_index("task")
-        table["time_ratio"] = table.seconds_per_step / table.task.map(base.seconds_per_step)
-        table["memory_ratio"] = table.peak_memory_mb / table.task.map(base.peak_memory_mb)
+        alike = table.on_gpu == table.task.map(base.on_gpu)  # what a CPU takes is no multiple of what a GPU takes
+        table["time_ratio"] = (table.seconds_per_step / table.task.map(base.seconds_per_step)).where(alike)
+        table["memory_ratio"] = (table.peak_memory_mb / table.task.map(base.peak_memory_mb)).where(alike)
+        table = table.drop(columns="on_gpu")
     return table
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from make_records import METHODS, Planted, write_records, write_run
 
-from analysis import claims
+from analysis import claims, tables
 from analysis.records import load
 
 TASKS = ("cnn_digits", "gcn_sbm")
@@ -234,6 +234,19 @@ def test_time_claims_fall_back_on_the_benchmark(contended):
     assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == YES
     bench(contended, sgdm=1, curvature_rescaling=2.4)
     assert verdicts(contended, "AD-1")["AD-1", "cost per step"] == NO
+
+
+def test_costs_on_a_gpu_are_no_multiples_of_those_on_a_cpu(tmp_path):
+    planted(tmp_path, tasks=["gcn_sbm"])
+    assert verdicts(tmp_path, "LW-5")["LW-5", "peak memory"] == YES
+    for path in tmp_path.glob("runs/gcn_sbm/lw_sgdm/*/summary.json"):
+        path.write_text(path.read_text().replace('"driver": null', '"driver": "580"'))
+    records = load(tmp_path)
+    (verdict,) = claims.CLAIMS[4].test(records, claims.CLAIMS[4])
+    assert verdict.verdict == UNTESTED
+    assert verdict.reason.startswith("of lw_sgdm and sgdm on gcn_sbm one was run on a GPU, the other on a CPU")
+    ratios = tables.results(records).set_index("optimizer").memory_ratio
+    assert ratios.isna()["lw_sgdm"] and not ratios.isna()["lw_adamw"]
 
 
 def test_costs_of_runs_count_beside_the_benchmark(tmp_path):
