@@ -346,16 +346,17 @@ class Trainer:
 
     def _steps(self) -> Callable[..., Tensor]:
         """What takes a step on a batch's parts, and returns the loss."""
+        objective, optimizer = self.objective, self.optimizer  # not `self`, which would hold itself
 
         def launched(*batch):
-            return self.optimizer.step(self.objective(*batch))
+            return optimizer.step(objective(*batch))
 
         if not self.cfg.cuda_graphs:
             return launched
         from optimizers.cuda_graphs import CapturedSteps
 
         try:
-            return CapturedSteps(self.objective, self.optimizer)
+            return CapturedSteps(objective, optimizer)
         except TypeError as refusal:
             if self.cfg.cuda_graphs == "if_possible":
                 return launched
