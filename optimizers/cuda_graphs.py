@@ -10,10 +10,10 @@ trains as ``optimizer.step(objective(inputs, targets))`` does, at the same rando
 twice as ever, then captured, and from then on replayed: the host says once what is to be done, not kernel by kernel.
 
 Captured is what is on the device. What the host counts is not: so a layer-wise method *plans* a step on the host
-(``optimizers.layerwise.Plan``), which tells its kind (whether noise is measured, say) and the numbers in it that change
-by counting alone, such as bias corrections; those are sent along with the batch. Steps of torch's SGD and Adam differ
-by nothing but the groups' settings; Adam's count is kept on the device (``capturable``). Settings that change, by a
-scheduler for instance, have steps captured anew.
+(``optimizers.plan``), which tells its kind (whether noise is measured, say) and the numbers in it that change by
+counting alone, such as bias corrections; those are sent along with the batch. So may any optimizer that has ``plan``
+and ``carry_out``. Steps of torch's SGD and Adam differ by nothing but the groups' settings; Adam's count is kept on the
+device (``capturable``). Settings that change, by a scheduler for instance, have steps captured anew.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from optimizers.layer_specific import LayerSpecificSGD
-from optimizers.layerwise import Layerwise, Plan
 from optimizers.objective import Minibatch, Objective
+from optimizers.plan import Plan
 
-#: Optimizers beside the layer-wise ones whose steps can be captured: nothing of them is decided or counted on the host.
+#: Optimizers whose steps can be captured without a plan: nothing of them is decided or counted on the host.
 UNCOUNTED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, LayerSpecificSGD)
 
 #: Steps of each kind before it is captured: libraries load what they need, and what is kept takes its place in memory.
@@ -43,7 +43,7 @@ def check_capturable(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         TypeError: naming those that can.
     """
-    if not isinstance(optimizer, Layerwise) and type(optimizer) not in UNCOUNTED:
+    if not hasattr(optimizer, "plan") and type(optimizer) not in UNCOUNTED:
         names = ", ".join(kind.__name__ for kind in UNCOUNTED)
         raise TypeError(
             f"{type(optimizer).__name__}'s steps cannot be captured in CUDA graphs, for the host takes part in them; "
@@ -67,7 +67,7 @@ class CapturedSteps:
 
     Args:
         objective: on a CUDA device.
-        optimizer: a layer-wise method, or one of ``UNCOUNTED``.
+        optimizer: one that plans its steps, as the layer-wise methods do, or one of ``UNCOUNTED``.
 
     Raises:
         TypeError: the optimizer's steps cannot be captured.
@@ -115,12 +115,12 @@ class CapturedSteps:
         return capture.replay(plan, minibatch)
 
     def _plan(self, minibatch: Minibatch) -> Plan:
-        return self.optimizer.plan(minibatch) if isinstance(self.optimizer, Layerwise) else Plan(None, {}, None)
+        return Plan() if type(self.optimizer) in UNCOUNTED else self.optimizer.plan(minibatch)
 
     def _carry_out(self, plan: Plan, minibatch: Minibatch) -> Tensor:
-        if isinstance(self.optimizer, Layerwise):
-            return self.optimizer.carry_out(plan, minibatch)
-        return self.optimizer.step(minibatch)
+        if type(self.optimizer) in UNCOUNTED:
+            return self.optimizer.step(minibatch)
+        return self.optimizer.carry_out(plan, minibatch)
 
     def _present_circumstances(self) -> tuple:
         """What a step depends on beside tensors and its plan, as far as it is looked after."""

@@ -147,6 +147,7 @@ from optimizers.curvature import GaussNewton
 from optimizers.layered import LayeredOptimizer, check, dot
 from optimizers.layers import Layer, NormalisationLayer
 from optimizers.objective import Minibatch
+from optimizers.plan import Due, Plan
 from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Trace
 
@@ -162,27 +163,6 @@ class Line(NamedTuple):
     """``Q``"""
     per_length: Tensor
     """``1 / ‖d_l‖``"""
-
-
-class Due(NamedTuple):
-    """What is measured of a batch beside its gradients."""
-
-    noise: bool
-    comparison: bool
-    """of the model with the loss, after the step"""
-    curvature: bool
-    count: int
-    """measurements that the curvature's stands for"""
-
-
-class Plan(NamedTuple):
-    """A step as far as it is known before it: by counting, and without a look at what the device holds."""
-
-    kind: Hashable
-    """steps of one kind do the same, but for ``numbers`` and the groups' settings"""
-    numbers: dict[str, float | Tensor]
-    due: Due | None
-    """None: nothing is measured"""
 
 
 class _Directions(Mapping):

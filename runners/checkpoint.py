@@ -100,7 +100,7 @@ def _read(path: Path, device: torch.device) -> dict:
 
 def _to(device: torch.device) -> Callable:
     """What was on a GPU goes to this one; what steps count on the CPU, so as not to wait for it, stays there."""
-    return lambda storage, place: storage if place == "cpu" or device.type == "cpu" else storage.to(device=device)
+    return lambda storage, place: storage if place == "cpu" else storage.to(device=device)
 
 
 def random_state(device: torch.device) -> dict:
