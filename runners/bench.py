@@ -34,7 +34,15 @@ from data.graphs import normalised_adjacency, sparse
 from optimizers.cuda_graphs import WARM
 from runners.clock import Clock
 from runners.command import describe
-from runners.config import CONFIGS, ConfigError, check_callables, check_writable, definite_device, definite_threads
+from runners.config import (
+    CONFIGS,
+    ConfigError,
+    check_callables,
+    check_cuda_graphs,
+    check_writable,
+    definite_device,
+    definite_threads,
+)
 from runners.evaluation import set_mode
 from runners.provenance import provenance
 from runners.trainer import Trainer
@@ -241,8 +249,7 @@ def bench(cfg: DictConfig) -> Path:
     every = sorted(path.stem for path in (CONFIGS / "optimizer").glob("*.yaml"))
     cfg.optimizers = [name for entry in cfg.optimizers for name in (every if entry == "all" else [entry])]
     tasks = cfg.workloads or [task for task in WORKLOADS if cfg.device != "cpu" or task not in SLOW_ON_CPU]
-    if cfg.cuda_graphs and cfg.device == "cpu":
-        raise ConfigError(f"cuda_graphs={cfg.cuda_graphs}, and steps on device=cpu cannot be; type cuda_graphs=false")
+    check_cuda_graphs(cfg.cuda_graphs, cfg.device)
     folder = Path(cfg.results.root) / "bench" / (cfg.device.partition(":")[0] + ("_graphs" if cfg.cuda_graphs else ""))
     check_writable(folder)
     # on a GPU it is not the steps that take the time, but what comes before them

@@ -188,17 +188,22 @@ def _check(cfg: DictConfig) -> None:
     size = cfg.task.batch_size
     if size != "full" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"task.batch_size is {size}; type a positive whole number, or full")
-    if cfg.cuda_graphs not in (False, True, "if_possible"):
-        raise ConfigError(f"cuda_graphs is {cfg.cuda_graphs}; type true, false or if_possible")
     ranks = cfg.get("ranks", 1)
-    if cfg.cuda_graphs and (cfg.device == "cpu" or ranks > 1):
-        where = f"of {ranks} ranks" if ranks > 1 else "on device=cpu"
-        raise ConfigError(f"cuda_graphs={cfg.cuda_graphs}, and steps {where} cannot be; type cuda_graphs=false")
+    check_cuda_graphs(cfg.cuda_graphs, cfg.device, ranks)
     if ranks > 1 and (size == "full" or size % ranks):
         raise ConfigError(
             f"task.batch_size is {size}, of which {ranks} ranks cannot have equal parts; type a multiple of {ranks} "
             "(graphs, whose rows depend on one another, are for one rank)"
         )
+
+
+def check_cuda_graphs(wanted: bool | str, device: str, ranks: int = 1) -> None:
+    """Refuse what is no setting of `cuda_graphs`, or cannot be on a device, by a `ConfigError`."""
+    if wanted not in (False, True, "if_possible"):
+        raise ConfigError(f"cuda_graphs is {wanted}; type true, false or if_possible")
+    if wanted and (device == "cpu" or ranks > 1):
+        where = f"of {ranks} ranks" if ranks > 1 else "on device=cpu"
+        raise ConfigError(f"cuda_graphs={wanted}, and steps {where} cannot be; type cuda_graphs=false")
 
 
 def _whole_numbers(cfg: DictConfig) -> Iterator[tuple[str, object, int]]:

@@ -28,10 +28,10 @@ class PeakMemory:
         self.device = device
         self.bytes = None
         self._cuda = device.type == "cuda"
-        gc.collect()  # what was here before is not to be freed within
-        if self._cuda:  # libraries' workspaces, which are there once for all, in forward and in backward passes
+        if self._cuda:
+            gc.collect()  # what was here before is not to be freed within
             x = torch.zeros(8, 8, device=device, requires_grad=True)
-            (x @ x).sum().backward()
+            (x @ x).sum().backward()  # libraries take their workspaces, once for all, forward and backward
         self._before = torch.cuda.memory_allocated(device) if self._cuda else 0
 
     def start(self) -> None:
