@@ -50,6 +50,11 @@ for a third of a gradient:
 
 both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is the plain slope, weight decay's included.
 Where ``½ αᵀQα`` is within the losses' rounding (below) a comparison says nothing, and its ratio is taken for 1.
+A batch has a part in its own direction, and an example that few others are like, whose gradient Adam's scaling makes
+long, is in the batch and in the sample, or not: for dozens of steps on end ``η`` was ten and more, and step sizes a
+hundredth of what they had been. So once settled the next batch is asked, along the step that is behind it: ``Q`` where
+it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d`` from before ``g``. In the first steps,
+which grow, the step behind is no measure of the next one; and a batch that is the whole training set has no other.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
@@ -134,6 +139,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
@@ -163,6 +169,16 @@ class Line(NamedTuple):
     """``Q``"""
     per_length: Tensor
     """``1 / ‖d_l‖``"""
+
+
+class Last(NamedTuple):
+    """What a batch that had no part in the last step says of it."""
+
+    loss: Tensor
+    """where it began"""
+    curvature: Tensor
+    """``Q``, where it ended"""
+    per_length: Tensor
 
 
 class _Directions(Mapping):
@@ -411,8 +427,9 @@ class Layerwise(LayeredOptimizer):
         turn = search["measured"] % self.correct_every
         settled = search["measured"] >= max(self.settling, 1)
         noise, comparison = turn == 0, turn == (1 % self.correct_every if settled else 0)
+        back = comparison and settled and not minibatch.complete
         curvature = comparison or not (settled and noise and minibatch.noisy)
-        return Due(noise, comparison, curvature, 2 if search.get("skipped") else 1)
+        return Due(noise, comparison and not back, back, curvature, 2 if search.get("skipped") else 1)
 
     def _weight_of_noise(self, search: Averages) -> float:
         """Of a measurement of noise that is added to those before: a plain mean until the average has its length."""
@@ -420,28 +437,43 @@ class Layerwise(LayeredOptimizer):
         return max(1 - search.past**self.correct_every, 1 / count)
 
     def _measured_step(self, minibatch: Minibatch, search: Averages, due: Due) -> Tensor:
-        """Measure, step, and where it is due compare what the model says of the step with what the loss did."""
-        random_state = RandomState(self._layers[0].parameters[0].device) if due.comparison else None
-        line = self._measure(minibatch, search, due)
+        """Measure, step, and where it is due compare what the model says of a step with what the loss does."""
+        last = self._look_back(minibatch, search) if due.back else None
+        random_state = RandomState(self.first.device) if due.ahead else None
+        line = self._measure(minibatch, search, due, last)
         self._descend(search)
-        if due.comparison:
+        if due.ahead:
             with random_state.replayed():
                 self._compare(line, minibatch.evaluate(), search)
         return line.loss
 
-    def _measure(self, minibatch: Minibatch, search: Averages, due: Due) -> Line:
+    def _look_back(self, minibatch: Minibatch, search: Averages) -> Last:
+        """Measure the last step, before this batch's gradients are taken in."""
+        lengths = torch.stack([dot([d], [d]) for d in map(self._direction, self._parameters)])
+        sample, trace = self._sample(minibatch, self._stride(minibatch))
+        curvature = sample.mean(self.curvature(sample, trace, _Directions(self._layers, self._direction)))
+        del trace
+        ends = [p.clone() for p in self._parameters]
+        for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
+            for p in layer.parameters:
+                p.addcmul_(self._direction(p), alpha)
+        with RandomState(self.first.device).replayed():  # the pass from the end of the step will draw the same masks
+            loss = minibatch.evaluate()
+        torch._foreach_copy_(self._parameters, ends)
+        return Last(loss, curvature, _inverse(self._by_layer(lengths).sqrt()))
+
+    def _measure(self, minibatch: Minibatch, search: Averages, due: Due, last: Last | None) -> Line:
         """Gradients, directions; the averages of the slope and of what else is due."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
         if "rounding" not in search:
             search.keep("rounding", _rounding(minibatch, trace.outputs))
         stride = self._stride(minibatch, trace)
-        loss, slope, squared_length, decay_slope = self._see_gradients(minibatch, trace, retain_graph=stride == 1)
+        loss, seen = self._see_gradients(minibatch, trace, stride == 1, due.back)
         search.keep("resolved", (loss.abs() / search["rounding"]).clamp(max=1.0))
-        slope, decay_slope = (s / minibatch.clipped for s in (slope, decay_slope))  # along the loss's own gradient
-        length = squared_length.sqrt()
-        per_length = 1 / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
-        line_slope = slope + decay_slope
+        length = seen.pop("squared_length").sqrt()
+        per_length = _inverse(length)
+        slopes = {name: slope / minibatch.clipped for name, slope in seen.items()}  # along the loss's own gradient
         sample = minibatch
         if stride > 1:
             del trace  # before the next is made
@@ -459,11 +491,13 @@ class Layerwise(LayeredOptimizer):
         minibatch.objective.model.zero_grad(set_to_none=True)
         moved = ((length > 0) & (search["resolved"] == 1)).to(length)
         search.keep("moved", search.get("moved", 0) + moved)
-        self._add(search, loss, slope, q, per_length)
+        if last is not None:
+            self._compare(Line(loss, -slopes["last"], last.curvature, last.per_length), last.loss, search)
+        self._add(search, loss, slopes["own"], q, per_length)
         self._search_step_sizes(search, per_length)
-        return Line(loss, line_slope, q, per_length)
+        return Line(loss, slopes["own"] + slopes.get("decay", 0.0), q, per_length)
 
-    def _stride(self, minibatch: Minibatch, trace: Trace) -> int:
+    def _stride(self, minibatch: Minibatch, trace: Trace | None = None) -> int:
         """Of how many examples one is measured for curvature and noise: ``1/share``, or 1 where examples mix."""
         if minibatch.mixes(trace):
             return 1
@@ -473,7 +507,7 @@ class Layerwise(LayeredOptimizer):
     @staticmethod
     def _sample(minibatch: Minibatch, stride: int) -> tuple[Minibatch, Trace]:
         """Every so many-th example, and a pass over them that leaves BatchNorm's running statistics alone."""
-        sample = minibatch.thinned(stride)
+        sample = minibatch.thinned(stride) if stride > 1 else minibatch
         with frozen_statistics(minibatch.objective.model):
             return sample, sample.trace(keep_outputs=False)
 
@@ -486,23 +520,29 @@ class Layerwise(LayeredOptimizer):
             search.add("curvature", curvature * per_area, self._numbers["curvature_past"])
 
     def _see_gradients(
-        self, minibatch: Minibatch, trace: Trace, retain_graph: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take every gradient in; the loss, and by layer ``gᵀd``, ``‖d‖²`` and the slope ``w gᵀθ`` along decay."""
-        seen: dict[torch.nn.Parameter, list[Tensor]] = {}
+        self, minibatch: Minibatch, trace: Trace, retain_graph: bool, back: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take every gradient in; the loss, and by layer what is seen of them.
+
+        That is ``‖d‖²`` and the slopes: ``gᵀd`` along its ``own`` direction, ``w gᵀθ`` along ``decay``, if there is
+        any, and along the ``last`` step's direction, to look back.
+        """
+        seen: dict[str, dict[torch.nn.Parameter, Tensor]] = defaultdict(dict)
         decays = any(group["weight_decay"] for group in self.param_groups)
 
         def see(p: torch.nn.Parameter) -> None:
+            if back:
+                seen["last"][p] = dot([p.grad], [self._direction(p)])
             self._take_in(p)
             d = self._direction(p)
-            seen[p] = [dot([p.grad], [d]), dot([d], [d])]
+            seen["own"][p] = dot([p.grad], [d])
+            seen["squared_length"][p] = dot([d], [d])
             if decays:
-                seen[p].append(dot([p.grad], [p]) * self.group(p)["weight_decay"])
+                seen["decay"][p] = dot([p.grad], [p]) * self.group(p)["weight_decay"]
 
         loss = minibatch.visit_gradients(trace, see, retain_graph)
-        columns = zip(*(seen[p] for p in self._parameters), strict=True)
-        sums = [self._by_layer(torch.stack(column)) for column in columns]
-        return loss, *(sums if decays else (*sums, torch.zeros_like(sums[0])))
+        sums = {name: torch.stack([of[p] for p in self._parameters]) for name, of in seen.items()}
+        return loss, {name: self._by_layer(of_parameters) for name, of_parameters in sums.items()}
 
     def _measure_noise(self, minibatch: Minibatch, trace: Trace | None, per_length: Tensor, search: Averages) -> None:
         """Update the average of ``eᵀMe`` per unit of length."""
@@ -574,6 +614,11 @@ def _vector(numbers: list[float], like: Tensor) -> Tensor:
     """Numbers, mostly equal ones, written by the device itself: a copy of the host's would be waited for."""
     runs = [like.new_full((len(list(run)),), number) for number, run in groupby(numbers)]
     return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _inverse(lengths: Tensor) -> Tensor:
+    """``1/‖d‖``, finite, and so its square."""
+    return 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny ** 0.5)
 
 
 def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:

@@ -217,9 +217,10 @@ class Minibatch:
         """One forward pass with the layers captured; see ``Trace``."""
         return Trace(self.objective.model, self.objective.layers, self.inputs, self.count, keep_outputs)
 
-    def mixes(self, trace: Trace) -> bool:
+    def mixes(self, trace: Trace | None = None) -> bool:
         """Whether rows are not examples: ``mixing``, or inputs or layers whose outputs have not a row per example."""
-        rows = [getattr(x, "shape", ())[:1] for x in (*self.inputs, *(call.output for call in trace.calls))]
+        outputs = [call.output for call in trace.calls] if trace else []
+        rows = [getattr(x, "shape", ())[:1] for x in (*self.inputs, *outputs)]
         return self.mixing or any(row != (self.size,) for row in rows)
 
     def thinned(self, stride: int) -> Minibatch:
@@ -233,8 +234,7 @@ class Minibatch:
 
     def first(self, count: int) -> Minibatch:
         """So many at most, and not all if there are three; all where they cannot be told from one another."""
-        apart = not self.mixing and all(getattr(x, "shape", ())[:1] == (self.size,) for x in self.inputs)
-        return self._sample(slice(min(count, self.size - 1))) if apart and self.size > 2 else self
+        return self if self.mixes() or self.size <= 2 else self._sample(slice(min(count, self.size - 1)))
 
     def _sample(self, index: Tensor | slice) -> Minibatch:
         sample = copy.copy(self)

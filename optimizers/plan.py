@@ -12,8 +12,10 @@ class Due(NamedTuple):
     """What a layer-wise method measures of a batch beside its gradients."""
 
     noise: bool
-    comparison: bool
-    """of the model with the loss, after the step"""
+    ahead: bool
+    """the model is compared with the loss along this step, once it is done"""
+    back: bool
+    """the same along the last step, of whose direction this batch knows nothing"""
     curvature: bool
     count: int
     """measurements that the curvature's stands for"""

@@ -295,7 +295,8 @@ def test_descents_are_those_of_torch(method, sibling, decay):
 
 @BOTH
 @pytest.mark.parametrize("setting", ["plain", "decay", "clipped", "dropout"])
-def test_the_loss_seen_after_a_step_is_the_same_function_of_the_weights(method, setting):
+@pytest.mark.parametrize("steps", [1, 2], ids=["ahead", "back"])
+def test_the_loss_seen_along_a_step_is_the_same_function_of_the_weights(method, setting, steps):
     """What the slope leaves of the loss's change is of second order: the same masks, decay's and the clipped slope."""
     curvatures = []
     for size in (1e-4, 1e-5) if method is LWSGDm else (1e-6, 1e-7):
@@ -303,8 +304,9 @@ def test_the_loss_seen_after_a_step_is_the_same_function_of_the_weights(method, 
         network = nn.Sequential(perceptron(), nn.Dropout(0.5 if setting == "dropout" else 0.0))
         objective = Objective(network, Categorical(), max_norm=0.1 if setting == "clipped" else None, population=100)
         pinned = type("Pinned", (Pinned, method), {"size": size})
-        optimizer = pinned(network.parameters(), weight_decay=10.0 if setting == "decay" else 0.0)
-        optimizer.step(objective(*small_batch(torch.float64)))
+        optimizer = pinned(network.parameters(), weight_decay=10.0 if setting == "decay" else 0.0, **SOON)
+        for _ in range(steps):
+            optimizer.step(objective(*small_batch(torch.float64)))
         curvatures.append(optimizer._search["along_step"][0].clone())
     assert curvatures[0] == pytest.approx(curvatures[1].item(), rel=0.05)
 
@@ -320,7 +322,42 @@ def test_work_per_step(method, every):
     settled = 20 / every
     curvature, noise, comparison = 20 + settled * 4 / 5, 4 + settled / 5, 4 + settled / 5
     work = 40 + curvature * 2 / 3 + noise * 2 / 3 + comparison / 3
+    work += settled / 5 * (1 / 3 + 2 / 3)  # the last step's curvature, in a pass of its own
     assert objective.gradient_equivalents == pytest.approx(work)
+
+
+#: Looks back at every step but the first, and remembers no other.
+SOON = {"settling": 1, "correct_every": 1, "averaging": 0.0}
+
+
+@pytest.mark.parametrize("population", [24, 100])
+def test_once_settled_a_step_is_judged_by_a_batch_that_had_no_part_in_it(population):
+    """The next one; but the whole training set by itself."""
+    model = perceptron()
+    objective, batch = Objective(model, Categorical(), population=population), small_batch(torch.float64)
+    other = batch[0].flip(0), batch[1]
+    optimizer = LWSGDm(model.parameters(), curvature=ExactGaussNewton(), share=1.0, **SOON)
+    weights = [torch.cat([p.detach().flatten() for p in model.parameters()])]
+    for step in (batch, other):
+        optimizer.step(objective(*step))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+    def look(at):
+        torch.nn.utils.vector_to_parameters(weights[at], model.parameters())
+        loss = objective(*other)()
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    start, end = (0, 1) if population > 24 else (2, 1)  # the first point is the other end of the line
+    (far, _), (near, slope) = look(start), look(end)
+    along = weights[start] - weights[end]
+    model.zero_grad()
+    torch.nn.utils.vector_to_parameters(weights[1], model.parameters())
+    layers = torch.split(along, [p.numel() for p in model.parameters()])
+    directions = {k: [d.view_as(k.parameters[0])] for k, d in zip(objective.layers, layers, strict=True)}
+    minibatch = objective(*other)
+    modelled = ExactGaussNewton()(minibatch, minibatch.trace(), directions).sum()
+    expected = torch.stack([2 * (far - near - slope @ along), modelled]) / along.square().sum()
+    torch.testing.assert_close(optimizer._search["along_step"], expected)
 
 
 def test_once_settled_curvature_skips_the_measurement_of_noise_and_the_next_one_stands_for_both():
@@ -336,7 +373,8 @@ def test_once_settled_curvature_skips_the_measurement_of_noise_and_the_next_one_
     optimizer = LWSGDm(model.parameters(), momentum=0.0, curvature=curvature, **searched)
     for _ in range(50):
         optimizer.step(objective(x, y))
-    measured = [*range(1, 41), 41, 41, 42, 43, 44, 44, 45, 46, 47, 47]  # the times 40, 44 and 48 are noise's
+    # the times 40, 44 and 48 are noise's; the calls 41, 45 and 49 look back
+    measured = [*range(1, 41), 42, 42, 43, 44, 46, 46, 47, 48, 50, 50]
     average = torch.tensor(sum(v * 0.5 ** (50 - i) for i, v in enumerate(measured)), dtype=torch.float64)
     objective(x, y)()
     squared_length = torch.stack([p.grad.square().sum() for p in model.parameters()])
