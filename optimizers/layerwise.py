@@ -52,9 +52,10 @@ both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is t
 Where ``½ αᵀQα`` is within the losses' rounding (below) a comparison says nothing, and its ratio is taken for 1.
 A batch has a part in its own direction, and an example that few others are like, whose gradient Adam's scaling makes
 long, is in the batch and in the sample, or not: for dozens of steps on end ``η`` was ten and more, and step sizes a
-hundredth of what they had been. So once settled the next batch is asked, along the step that is behind it: ``Q`` where
-it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d`` from before ``g``. In the first steps,
-which grow, the step behind is no measure of the next one; and a batch that is the whole training set has no other.
+hundredth of what they had been. So for LW-AdamW (``look_back``), once settled, the next batch is asked, along the step
+that is behind it: ``Q`` where it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d`` from
+before ``g``. In the first steps, which grow, the step behind is no measure of the next one; and a batch that is the whole
+training set has no other.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
@@ -217,6 +218,7 @@ class Layerwise(LayeredOptimizer):
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
         every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
+        look_back: once settled, compare model and loss along the last step, by a batch that had no part in it.
         settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
         correct_every: measure the noise in the slope and the loss's own curvature every so many measurements.
         share: of a batch's examples, in (0, 1]: curvature and noise are measured on so many, at least, and on no less
@@ -252,6 +254,7 @@ class Layerwise(LayeredOptimizer):
         warmup: int,
         growth: float,
         brake: float | None,
+        look_back: bool,
         stretch: float = 2.0,
         sigma: float = 2.0,
         averaging: float = 0.95,
@@ -285,7 +288,7 @@ class Layerwise(LayeredOptimizer):
         for group in self.param_groups:
             check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
             check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
-        self.averaging, self.own, self.floor = averaging, own, floor
+        self.averaging, self.own, self.floor, self.look_back = averaging, own, floor, look_back
         self.every, self.settling, self.correct_every, self.share = every, settling, correct_every, share
         self.bounds = Bounds(trust, joint_trust, caution, warmup, growth, brake, stretch, head_start)
         self.curvature = GaussNewton() if curvature is None else curvature
@@ -427,7 +430,7 @@ class Layerwise(LayeredOptimizer):
         turn = search["measured"] % self.correct_every
         settled = search["measured"] >= max(self.settling, 1)
         noise, comparison = turn == 0, turn == (1 % self.correct_every if settled else 0)
-        back = comparison and settled and not minibatch.complete
+        back = self.look_back and comparison and settled and not minibatch.complete
         curvature = comparison or not (settled and noise and minibatch.noisy)
         return Due(noise, comparison and not back, back, curvature, 2 if search.get("skipped") else 1)
 

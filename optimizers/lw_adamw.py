@@ -31,6 +31,7 @@ class LWAdamW(Layerwise):
         warmup: see ``Layerwise``.
         growth: see ``Layerwise``.
         brake: see ``Layerwise``.
+        look_back: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -46,6 +47,7 @@ class LWAdamW(Layerwise):
         warmup: int = 20,
         growth: float = 1.05,
         brake: float | None = 1.05,
+        look_back: bool = True,
         **search,
     ) -> None:
         betas = tuple(betas)
@@ -53,6 +55,7 @@ class LWAdamW(Layerwise):
         check(eps > 0, "eps", eps, "positive")
         defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
+        search |= {"look_back": look_back}
         super().__init__(params, defaults, **search)
 
     def _count(self) -> tuple[Hashable, dict[str, float]]:

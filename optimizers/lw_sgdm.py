@@ -30,6 +30,7 @@ class LWSGDm(Layerwise):
         warmup: see ``Layerwise``.
         growth: see ``Layerwise``.
         brake: see ``Layerwise``.
+        look_back: see ``Layerwise``.
         **search: see ``Layerwise``.
     """
 
@@ -45,12 +46,13 @@ class LWSGDm(Layerwise):
         warmup: int = 5,
         growth: float = 1.1,
         brake: float | None = 1.1,
+        look_back: bool = False,
         **search,
     ) -> None:
         check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
         search |= {"trust": trust, "joint_trust": joint_trust, "own": own}
-        search |= {"caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
+        search |= {"caution": caution, "warmup": warmup, "growth": growth, "brake": brake, "look_back": look_back}
         super().__init__(params, defaults, **search)
 
     def _take_in(self, parameter: Tensor) -> None:
