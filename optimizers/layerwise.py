@@ -52,10 +52,10 @@ both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is t
 Where ``½ αᵀQα`` is within the losses' rounding (below) a comparison says nothing, and its ratio is taken for 1.
 A batch has a part in its own direction, and an example that few others are like, whose gradient Adam's scaling makes
 long, is in the batch and in the sample, or not: for dozens of steps on end ``η`` was ten and more, and step sizes a
-hundredth of what they had been. So for LW-AdamW (``look_back``), once settled, the next batch is asked, along the step
-that is behind it: ``Q`` where it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d`` from
-before ``g``. In the first steps, which grow, the step behind is no measure of the next one; and a batch that is the whole
-training set has no other.
+hundredth of what they had been. So for LW-AdamW (``look_back``), once settled, the next batch is asked, along the
+step that is behind it: ``Q`` where it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d``
+from before ``g``. In the first steps, which grow, the step behind is no measure of the next one; and a batch that is
+the whole training set has no other.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
 
