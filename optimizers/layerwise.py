@@ -50,14 +50,15 @@ for a third of a gradient:
 
 both averaged per squared length of the step, from a ratio of 1 on; ``ρ'`` is the plain slope, weight decay's included.
 Where ``½ αᵀQα`` is within the losses' rounding (below) a comparison says nothing, and its ratio is taken for 1.
-A batch has a part in its own direction, and an example that few others are like, whose gradient Adam's scaling makes
-long, is in the batch and in the sample, or not: for dozens of steps on end ``η`` was ten and more, and step sizes a
-hundredth of what they had been. So for LW-AdamW (``look_back``), once settled, the next batch is asked, along the
-step that is behind it: ``Q`` where it ended, the loss there and where it began, the slope ``gᵀd`` there with ``d``
-from before ``g``. In the first steps, which grow, the step behind is no measure of the next one; and a batch that is
-the whole training set has no other.
 ``s`` is the whole direction's share of signal. Where slope is signal a loss saturates along a long step and looks the
 flatter the longer it is: there the model is not to be lowered. Where slope is noise it may be.
+
+**The next batch.** A batch has a part in its own direction, and an example that few others are like, whose gradient
+Adam's scaling makes long, is in the batch and in the sample, or not: for dozens of steps on end ``η`` was ten and
+more, and step sizes a hundredth of what they had been. So for LW-AdamW (``look_back``), once settled, the next batch
+is asked, along the step that is behind it: ``Q`` where it ended, the loss there and where it began, the slope ``gᵀd``
+there with ``d`` from before ``g``. In the first steps, which grow, the step behind is no measure of the next one; and
+a batch that is the whole training set has no other.
 
 **Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
 along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
@@ -278,6 +279,7 @@ class Layerwise(LayeredOptimizer):
         check(brake is None or brake >= 1, "brake", brake, "at least 1 or None")
         check(head_start >= 0, "head_start", head_start, "at least 0")
         check(stretch > 1, "stretch", stretch, "above 1")
+        check(isinstance(look_back, bool), "look_back", look_back, "true or false")
         check(every >= 1 and every == int(every), "every", every, "a whole number, at least 1")
         check(settling >= 0, "settling", settling, "at least 0")
         whole = correct_every >= 1 and correct_every == int(correct_every)

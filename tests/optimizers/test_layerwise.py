@@ -435,6 +435,7 @@ def test_bad_input(method):
         {"every": 0},
         {"growth": 1.0},
         {"brake": 0.9},
+        {"look_back": "maybe"},
         {"weight_decay": -1.0},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
