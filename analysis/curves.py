@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from analysis import tables
 from analysis.panels import AXIS_LABELS, MEASURES, Drawn, measure_names, methods_of, panels, scale_of
 from analysis.records import AXES, Records
-from analysis.style import canvas, heading, legend, names_at_ends, shade, style, value_axis
+from analysis.style import canvas, heading, legend, log_axis, names_at_ends, shade, style, value_axis
 
 SCALED = "curvature_rescaling"
 
@@ -134,7 +134,8 @@ def step_sizes(records: Records, task: str) -> Drawn | None:
             if rate is not None:
                 look = style(base).plot() | {"marker": ""}
                 rates[base] = panel.plot(rate.index, rate, **look)
-        panel.set(title=names[optimizer], xlabel="Step", yscale="log")
+        panel.set(title=names[optimizer], xlabel="Step")
+        log_axis(panel, np.concatenate([line.get_ydata() for line in panel.lines]))
         panel.set_ylabel("Step size" if panel in axes[:, 0] else "")
         panel.set_xlim(left=0)
     if len(handles) > 12:  # a deep net: a few of its layers stand for the scale
@@ -197,7 +198,8 @@ def regimes(records: Records, task: str) -> Drawn | None:
     data = pd.concat(parts, ignore_index=True)
     value_axis(axes[0, 0], data.train_loss, False, data.train_loss[data.step == 0].max())
     axes[0, 0].set(title="Training loss", xlabel="Epoch")
-    axes[0, 1].set(title="Step size", xlabel="Epoch", yscale="log")
+    axes[0, 1].set(title="Step size", xlabel="Epoch")
+    log_axis(axes[0, 1], np.concatenate([line.get_ydata() for line in axes[0, 1].lines]))
     handles = {handle.get_gid(): handle for handle in axes[0, 0].get_legend_handles_labels()[0]}
     legend(figure, [heading("Scale"), *handles.values()])
     last = data.groupby(["scale", "seed", "trial"]).tail(1).groupby("scale").train_loss.mean()

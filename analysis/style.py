@@ -164,10 +164,10 @@ def canvas(
     """
     height = max(height, (0.175 * entries + 0.55) / rows)
     use()
-    width, tall = panels * PANEL + LEGEND, rows * height + 0.35
+    width, tall = panels * PANEL + LEGEND + 0.12, rows * height + 0.35
     figure, axes = plt.subplots(rows, panels, figsize=(width, tall), squeeze=False)
     figure.subplots_adjust(
-        left=0.62 / width, right=1 - (LEGEND + 0.1) / width, top=1 - 0.72 / tall, bottom=0.5 / tall,
+        left=0.74 / width, right=1 - (LEGEND + 0.1) / width, top=1 - 0.72 / tall, bottom=0.5 / tall,
         wspace=0.68 / (PANEL - 0.68), hspace=0.78 / (height - 0.78),
     )  # fmt: skip
     _titles(figure, title, note)
@@ -261,13 +261,21 @@ def value_axis(axis, values, accuracy: bool, ceiling: float | None = None) -> No
         return
     low, high = values.min(), values.max()
     if not accuracy and low > 0 and high / low > 3:
-        axis.set_yscale("log")
-        axis.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
-        ratio = high / low
-        subs = (1.0,) if ratio > 1e3 else (1.0, 2.0, 5.0) if ratio > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-        axis.yaxis.set_major_locator(LogLocator(subs=subs))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_locator(NullLocator())
+        log_axis(axis, values)
     else:
         room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         axis.set_ylim(low - room, high + room)
+
+
+def log_axis(axis, values) -> None:
+    """A logarithmic axis for the positive ones of the values and a little more, with plain short numbers at it."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values) & (values > 0)]
+    low, high = (values.min(), values.max()) if len(values) else (1.0, 1.0)
+    ratio = max(high / low, 1.5)
+    axis.set_yscale("log")
+    axis.set_ylim(low / ratio**0.05, high * ratio**0.05)
+    subs = (1.0,) if ratio > 1e3 else (1.0, 2.0, 5.0) if ratio > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())

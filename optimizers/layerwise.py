@@ -144,7 +144,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,33 +153,11 @@ from optimizers.bounds import Bounds, Layers, Signal
 from optimizers.curvature import GaussNewton
 from optimizers.layered import LayeredOptimizer, check, dot
 from optimizers.layers import Layer, NormalisationLayer
+from optimizers.line import Line, inverse, minimiser
 from optimizers.objective import Minibatch
 from optimizers.plan import Due, Plan
 from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Trace
-
-
-class Line(NamedTuple):
-    """What one batch says of the line that its step goes along."""
-
-    loss: Tensor
-    """where it starts"""
-    slope: Tensor
-    """``ρ'``, by layer, noise and weight decay included"""
-    curvature: Tensor
-    """``Q``"""
-    per_length: Tensor
-    """``1 / ‖d_l‖``"""
-
-
-class Last(NamedTuple):
-    """What a batch that had no part in the last step says of it."""
-
-    loss: Tensor
-    """where it began"""
-    curvature: Tensor
-    """``Q``, where it ended"""
-    per_length: Tensor
 
 
 class _Directions(Mapping):
@@ -449,11 +426,11 @@ class Layerwise(LayeredOptimizer):
         self._descend(search)
         if due.ahead:
             with random_state.replayed():
-                self._compare(line, minibatch.evaluate(), search)
-        return line.loss
+                self._compare(line._replace(end=minibatch.evaluate()), search)
+        return line.start
 
-    def _look_back(self, minibatch: Minibatch, search: Averages) -> Last:
-        """Measure the last step, before this batch's gradients are taken in."""
+    def _look_back(self, minibatch: Minibatch, search: Averages) -> Line:
+        """The line back along the last step, before this batch's gradients are taken in."""
         lengths = torch.stack([dot([d], [d]) for d in map(self._direction, self._parameters)])
         sample, trace = self._sample(minibatch, self._stride(minibatch))
         curvature = sample.mean(self.curvature(sample, trace, _Directions(self._layers, self._direction)))
@@ -465,9 +442,9 @@ class Layerwise(LayeredOptimizer):
         with RandomState(self.first.device).replayed():  # the pass from the end of the step will draw the same masks
             loss = minibatch.evaluate()
         torch._foreach_copy_(self._parameters, ends)
-        return Last(loss, curvature, _inverse(self._by_layer(lengths).sqrt()))
+        return Line(inverse(self._by_layer(lengths).sqrt()), curvature, end=loss)
 
-    def _measure(self, minibatch: Minibatch, search: Averages, due: Due, last: Last | None) -> Line:
+    def _measure(self, minibatch: Minibatch, search: Averages, due: Due, last: Line | None) -> Line:
         """Gradients, directions; the averages of the slope and of what else is due."""
         minibatch.objective.model.zero_grad(set_to_none=True)
         trace = minibatch.trace(keep_outputs=False)
@@ -477,7 +454,7 @@ class Layerwise(LayeredOptimizer):
         loss, seen = self._see_gradients(minibatch, trace, stride == 1, due.back)
         search.keep("resolved", (loss.abs() / search["rounding"]).clamp(max=1.0))
         length = seen.pop("squared_length").sqrt()
-        per_length = _inverse(length)
+        per_length = inverse(length)
         slopes = {name: slope / minibatch.clipped for name, slope in seen.items()}  # along the loss's own gradient
         sample = minibatch
         if stride > 1:
@@ -497,10 +474,10 @@ class Layerwise(LayeredOptimizer):
         moved = ((length > 0) & (search["resolved"] == 1)).to(length)
         search.keep("moved", search.get("moved", 0) + moved)
         if last is not None:
-            self._compare(Line(loss, -slopes["last"], last.curvature, last.per_length), last.loss, search)
+            self._compare(last._replace(slope=-slopes["last"], start=loss), search)
         self._add(search, loss, slopes["own"], q, per_length)
         self._search_step_sizes(search, per_length)
-        return Line(loss, slopes["own"] + slopes.get("decay", 0.0), q, per_length)
+        return Line(per_length, q, slopes["own"] + slopes.get("decay", 0.0), loss)
 
     def _stride(self, minibatch: Minibatch, trace: Trace | None = None) -> int:
         """Of how many examples one is measured for curvature and noise: ``1/share``, or 1 where examples mix."""
@@ -563,17 +540,12 @@ class Layerwise(LayeredOptimizer):
         noise = noise / minibatch.clipped * per_length  # of the slope, which is the loss's own
         search.remember("noise", search["noise"].lerp(noise, self._numbers["noise"]) if "noise" in search else noise)
 
-    def _compare(self, line: Line, loss: Tensor, search: Averages) -> None:
-        """Update the averages of the loss's and the model's curvature along the step that has led to ``loss``."""
-        sizes = self._step_sizes(search)
-        squared_length = (sizes / line.per_length).square().sum().clamp_min(torch.finfo(sizes.dtype).tiny)
-        seen = 2 * (loss - line.loss + line.slope @ sizes) / squared_length
-        modelled = sizes @ line.curvature @ sizes / squared_length
-        # where the losses' difference is rounding the model has to be believed
-        seen = seen.where(modelled * squared_length / 2 > search["rounding"], modelled)
-        past = search.get("along_step", modelled.expand(2))
+    def _compare(self, line: Line, search: Averages) -> None:
+        """Update the averages of the loss's and the model's curvature along a step."""
+        curvatures = line.curvatures(self._step_sizes(search), search["rounding"])
+        past = search.get("along_step", curvatures[1].expand(2))
         weight = 1 - search.past**self.correct_every
-        search.remember("along_step", past.lerp(torch.stack([seen, modelled]), weight))
+        search.remember("along_step", past.lerp(curvatures, weight))
 
     def _correction(self, search: Averages, share: Tensor) -> Tensor:
         """``η``, at least the whole direction's ``share`` of signal; no less than 1 before the first comparison."""
@@ -591,8 +563,8 @@ class Layerwise(LayeredOptimizer):
         share = slope / measured.clamp_min(tiny)
         signal = Signal(share, slope @ length / (measured @ length).clamp_min(tiny), self.own * share.square())
         own = slope / curvature.diagonal().clamp_min(tiny)
-        u = signal.pool(own, _minimiser(slope, curvature, length) * length)
-        sizes = _minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
+        u = signal.pool(own, minimiser(slope, curvature, length) * length)
+        sizes = minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
         layers = Layers(per_length, self._weight_norms(), self._sizes_by_decay(sizes))
         search.keep("step_size", self.bounds(sizes, signal, layers, search))
 
@@ -619,17 +591,6 @@ def _vector(numbers: list[float], like: Tensor) -> Tensor:
     """Numbers, mostly equal ones, written by the device itself: a copy of the host's would be waited for."""
     runs = [like.new_full((len(list(run)),), number) for number, run in groupby(numbers)]
     return runs[0] if len(runs) == 1 else torch.cat(runs)
-
-
-def _inverse(lengths: Tensor) -> Tensor:
-    """``1/‖d‖``, finite, and so its square."""
-    return 1 / lengths.clamp_min(torch.finfo(lengths.dtype).tiny ** 0.5)
-
-
-def _minimiser(slope: Tensor, curvature: Tensor, lengths: Tensor) -> Tensor:
-    """The multiple of the layers' ``lengths`` that minimises the model, ``ρᵀℓ / ℓᵀKℓ``; 1 where it has no minimum."""
-    along = lengths @ curvature @ lengths
-    return torch.where(along > 0, slope @ lengths / along, 1.0)
 
 
 def _rounding(minibatch: Minibatch, outputs: Tensor) -> Tensor:
