@@ -61,7 +61,8 @@ class Bernoulli:
 class Categorical:
     """Labels `y` `(m, …)`, each one of C classes with logits `z` `(m, …, C)`: `ℓ = Σ log Σ_c exp z_c − z_y`.
 
-    An example has one label, or several, such as the tokens of a sequence, and its loss is their sum. The metric is the
+    An example has one label, or several, such as the tokens of a sequence, and its loss is their sum. Every label
+    counts: padding, such as torch's −100, is refused as out of bounds (make batches of one length). The metric is the
     accuracy.
 
     >>> Categorical().nll(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.long)) / math.log(4)
@@ -79,7 +80,9 @@ class Categorical:
         """
         fits = outputs.dim() >= 2 and targets.shape == outputs.shape[:-1]
         _check_shapes(self, outputs, targets, fits, "outputs (m, C) and targets (m,), or a row of C for every label")
-        losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        # No label is left out, -100 neither: curvature, by labels drawn from the outputs, would not know of it.
+        none = torch.iinfo(torch.long).min
+        losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none", ignore_index=none)
         return losses if targets.dim() == 1 else losses.view(len(targets), -1).sum(1)
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ whose call everything does. A lifted layer's tangent is one of a larger module, 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,18 @@ TOLERANCE, ROUNDINGS = 1e-2, 10
 EXAMPLES = 32
 
 
-def accounting_layers(minibatch: Minibatch) -> tuple[list[Layer], bool]:
-    """The model's layers, lifted until their calls account for the gradient; and whether rows are not examples.
+class Account(NamedTuple):
+    """What a model's first passes have shown."""
+
+    layers: list[Layer]
+    rows_mix: bool = False
+    """whether there are outputs of layers whose rows are not examples"""
+    draws: bool = False
+    """whether a pass draws random numbers"""
+
+
+def account(minibatch: Minibatch) -> Account:
+    """The model's layers, lifted until their calls account for the gradient, and what else their passes have shown.
 
     Waits for the device. Neither the work done nor any random state, gradient or buffer shows that it was called.
 
@@ -47,18 +57,25 @@ def accounting_layers(minibatch: Minibatch) -> tuple[list[Layer], bool]:
     model = minibatch.objective.model
     layers = find_layers(model)
     if not layers:
-        return layers, False
-    with RandomState(layers[0].parameters[0].device).replayed(), frozen_statistics(model), _no_zeros(model):
-        some = minibatch.first(EXAMPLES)
-        if some is minibatch:
-            return _accounting(layers, minibatch), False
-        try:  # with another number of examples what is not one of them has another number of rows
-            layers = _accounting(layers, some)
-            return layers, some.mixes(_trace(some, layers))
-        except Untraceable:
-            raise
-        except Exception:  # a model for batches of one size; what else is wrong is wrong with all of them too
-            return _accounting(layers, minibatch), True
+        return Account(layers)
+    random_state = RandomState(layers[0].parameters[0].device)
+    with random_state.replayed(), frozen_statistics(model), _no_zeros(model):
+        layers, rows_mix = _accounting_by_few(layers, minibatch)
+        return Account(layers, rows_mix, random_state.has_advanced())
+
+
+def _accounting_by_few(layers: list[Layer], minibatch: Minibatch) -> tuple[list[Layer], bool]:
+    """Layers that account for the gradient, by some of the examples; and whether rows are not examples."""
+    some = minibatch.first(EXAMPLES)
+    if some is minibatch:
+        return _accounting(layers, minibatch), False
+    try:  # with another number of examples what is not one of them has another number of rows
+        layers = _accounting(layers, some)
+        return layers, some.mixes(_trace(some, layers))
+    except Untraceable:
+        raise
+    except Exception:  # a model for batches of one size; what else is wrong is wrong with all of them too
+        return _accounting(layers, minibatch), True
 
 
 def _accounting(layers: list[Layer], minibatch: Minibatch) -> list[Layer]:

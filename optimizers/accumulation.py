@@ -13,6 +13,7 @@ itself, as it does in any loop that accumulates. No more than two parts' activat
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -43,7 +44,10 @@ class Accumulated(Minibatch):
     def __init__(self, parts: list[Minibatch]) -> None:
         *self.others, last = parts
         super().__init__(last.objective, last.inputs, last.targets, None)
+        self.others = [copy.copy(part) for part in self.others]
         self.drawn = self.size * self.parts
+        for part in (*self.others, self):
+            part.weight = 1 / self.parts
 
     @property
     def parts(self) -> int:

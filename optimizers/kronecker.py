@@ -133,7 +133,7 @@ class Kronecker(LayeredOptimizer):
         Raises:
             TypeError: the closure is not a minibatch of an ``optimizers.Objective``.
             NotImplementedError: a layer that the method does not support.
-            TypeError: a trainable parameter that is in no group.
+            ValueError: a trainable parameter is in no group.
         """
         changed = self._find_blocks(closure)
         step = self.state[self.first].get("step_count", 0)

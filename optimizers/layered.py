@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import zlib
 
 import torch
@@ -28,7 +29,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
             NotImplementedError: the minibatch is in parts, and the method needs it whole.
             Untraceable: a layer's calls can not be captured; a ``TypeError`` too.
             RuntimeError: called under autocast.
-            ValueError: the parameter groups do not hold all of the model's trainable parameters.
+            ValueError: the parameter groups do not hold all of the model's trainable parameters, or others too.
         """
         device = self.first.device.type
         if torch.is_autocast_enabled(device):
@@ -57,8 +58,33 @@ class LayeredOptimizer(torch.optim.Optimizer):
                             f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
                             "pass model.parameters(), or freeze it with requires_grad_(False)"
                         )
+            self._refuse_foreign(layers)
             self._layers = layers
         return layers
+
+    def _refuse_foreign(self, layers: list[Layer]) -> None:
+        """Parameters that are in no layer would never move, and nothing would say so."""
+        known = {p for layer in layers for p in layer.parameters}
+        for p in self._group_of:
+            if p.requires_grad and p not in known:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} in {type(self).__name__}'s groups is none of the model's: "
+                    "it steps on the layers of one model alone; give this one an optimizer of its own"
+                )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As of every optimizer.
+
+        Raises:
+            ValueError: a group sets what is one for all of them.
+        """
+        arguments = {name for kind in type(self).__mro__ for name in inspect.signature(kind.__init__).parameters}
+        for name in sorted(arguments & set(param_group) - {"params", *self.defaults}):
+            raise ValueError(
+                f"{type(self).__name__} has one {name} for all groups; a group may have its own "
+                f"{', '.join(self.defaults)}"
+            )
+        super().add_param_group(param_group)
 
     @property
     def first(self) -> Tensor:

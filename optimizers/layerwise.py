@@ -63,7 +63,9 @@ a batch that is the whole training set has no other.
 **Pooling.** ``t_l`` is the layer's own minimiser; ``a`` is the one step size for all layers that minimises the model
 along ``d``, which is what a tuned rate does. With ``p_l = ω s_l²`` a layer whose slope is signal takes its own to the
 degree ``ω``; one whose slope is mostly noise knows little about itself and takes the common one. ``ω`` is 1 for SGD's
-direction and small for Adam's, which has brought the layers to one scale already.
+direction and small for Adam's, which has brought the layers to one scale already. A layer of whose curvature nothing
+has been seen (``K̄_ll = 0``: no example of the sample reaches it) takes the common one, and has no part in ``a`` and
+``c``.
 
 **Edge of stability.** ``σ = 1`` minimises the model; ``σ = 2`` is its edge, where it promises no decrease, and what
 long training wants (arXiv:2407.06183): shorter steps let curvature grow, which shortens them again, until training
@@ -186,7 +188,8 @@ class Layerwise(LayeredOptimizer):
         joint_trust: ``τ_Σ`` > 0; None: no bound.
         own: ``ω`` in [0, 1].
         caution: ``χ`` ≥ 0.
-        warmup: the first steps, at most ``1/warmup`` as long; at least 1.
+        warmup: steps with a gradient in which a layer's step size rises to its value, by ``1/warmup`` of it each; at
+            least 1.
         growth: largest growth of a step size from measurement to measurement, above 1.
         head_start: ``h`` ≥ 0.
         brake: step sizes are divided by it at each measurement while the loss rises beyond its noise, at least 1; None:
@@ -195,7 +198,8 @@ class Layerwise(LayeredOptimizer):
         sigma: ``σ`` > 0.
         averaging: in [0, 1).
         floor: ``κ`` in (0, 1].
-        every: measure curvature every so many steps; between them the step sizes stand and a step costs one gradient.
+        every: once ``settling`` steps are over, measure every so many steps; between them the step sizes stand and a
+            step costs one gradient.
         look_back: once settled, compare model and loss along the last step, by a batch that had no part in it.
         settling: the first steps, all of which are measured: curvature changes fast in them, and step sizes grow.
         correct_every: measure the noise in the slope and the loss's own curvature every so many measurements.
@@ -291,7 +295,8 @@ class Layerwise(LayeredOptimizer):
         known = self._layers
         search = self._search
         if self.find_layers(closure) is not known:
-            self._check_layers(search)
+            self._start_anew(search)
+        self._check_scales()
         measures = search["step"] < self.settling or search["step"] % self.every == 0
         search["step"] += 1
         kind, numbers = self._count()
@@ -376,12 +381,17 @@ class Layerwise(LayeredOptimizer):
         span = min(self.every, max(1, 1 / (1 - self.averaging) / self.FEWEST))
         return Averages(values, self.averaging, span, self.settling)
 
-    def _check_layers(self, search: Averages) -> None:
-        """Layers have one step size each; where others train than before, what was measured is of no use."""
+    def _check_scales(self) -> None:
+        """Layers have one step size each, which groups may scale, and schedulers."""
+        if len({group["lr"] for group in self.param_groups}) == 1:
+            return
         for layer in self._layers:
             sigma = {self.group(p)["lr"] for p in layer.parameters}
             if len(sigma) > 1:
                 raise ValueError(f"layer '{layer.name}' has one step size, but groups of lr (sigma) {sorted(sigma)}")
+
+    def _start_anew(self, search: Averages) -> None:
+        """Where other layers train than before, what was measured is of no use."""
         self._warn_of_rates(search)
         if search.get("layers", self.layer_names) != self.layer_names:
             search.clear()
@@ -562,9 +572,11 @@ class Layerwise(LayeredOptimizer):
         slope = torch.maximum(measured - search["noise"], self.floor * measured).clamp_min(0)
         share = slope / measured.clamp_min(tiny)
         signal = Signal(share, slope @ length / (measured @ length).clamp_min(tiny), self.own * share.square())
-        own = slope / curvature.diagonal().clamp_min(tiny)
-        u = signal.pool(own, minimiser(slope, curvature, length) * length)
-        sizes = minimiser(slope, curvature, u) / self._correction(search, signal.whole) * u * per_length
+        along = curvature.diagonal()
+        known = along > tiny**0.5 * along.amax()
+        common = minimiser(slope * known, curvature, length) * length
+        u = signal.pool(torch.where(known, slope / along.clamp_min(tiny), common), common)
+        sizes = minimiser(slope * known, curvature, u) / self._correction(search, signal.whole) * u * per_length
         layers = Layers(per_length, self._weight_norms(), self._sizes_by_decay(sizes))
         search.keep("step_size", self.bounds(sizes, signal, layers, search))
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from optimizers.accounting import accounting_layers
+from optimizers.accounting import Account, account
 from optimizers.layers import ACTIVATION_BACKWARD, FORWARD, WEIGHT_GRADIENT, Layer, LinearGraphLayer, find_layers
 from optimizers.replay import frozen_statistics
 from optimizers.trace import Trace
@@ -86,33 +86,36 @@ class Objective:
         self.penalty = dict(penalty or {})
         self.max_norm = max_norm
         self.gradient_equivalents = 0.0
-        self.rows_mix = False  # whether outputs of layers have been seen whose rows are not examples
-        self._layers = None
-        self._trained: list[bool] | None = None  # which parameters were when the layers were found to be right
+        self._account: Account | None = None
+        self._state: list[bool] | None = None  # the mode and which parameters were trained when it was taken
 
     @property
     def layers(self) -> list[Layer]:
-        if self._layers is None:
-            self._layers = find_layers(self.model)
-        return self._layers
+        return self.shown.layers
+
+    @property
+    def shown(self) -> Account:
+        """What is known of the model; before a step has looked, the layers alone."""
+        if self._account is None:
+            self._account = Account(find_layers(self.model))
+        return self._account
 
     def refresh(self) -> None:
         """Look for layers anew at the next step: after modules were replaced."""
-        self._layers = self._trained = None
+        self._account = self._state = None
 
     def account(self, minibatch: Minibatch) -> list[Layer]:
         """The layers, once this minibatch or one before has shown that their calls account for its gradient.
 
-        Found anew where other parameters are trained than before; see ``optimizers.accounting``.
+        Found anew where other parameters are trained than before, or in another mode; see ``optimizers.accounting``.
         """
-        if self._trained is None:
+        if self._state is None:
             self._parameters = list(self.model.parameters())
-        trained = [p.requires_grad for p in self._parameters]
-        if trained != self._trained:
-            self.rows_mix = False
-            self._layers, self.rows_mix = accounting_layers(minibatch)
-            self._trained = trained
-        return self._layers
+        state = [self.model.training, *(p.requires_grad for p in self._parameters)]
+        if state != self._state:
+            self._account = None  # what was known misleads no pass that looks anew
+            self._account, self._state = account(minibatch), state
+        return self.layers
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Minibatch:
         """One minibatch.
@@ -165,7 +168,7 @@ class Minibatch:
         """Whether one example's output depends on other examples' rows by construction (a graph's propagation)."""
         objective = self.objective
         graph = any(isinstance(layer, LinearGraphLayer) for layer in objective.layers)
-        return self.rows is not None or objective.rows_mix or graph
+        return self.rows is not None or objective.shown.rows_mix or graph
 
     @property
     def complete(self) -> bool:
@@ -176,15 +179,28 @@ class Minibatch:
     @property
     def noisy(self) -> bool:
         """Whether the gradient would come out otherwise if it were drawn again."""
-        return not self.complete or self._dropout
+        return not self.complete or self._drawing
 
     @property
-    def _dropout(self) -> bool:
-        return any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in self.objective.model.modules())
+    def _drawing(self) -> bool:
+        """Whether a pass draws random numbers (dropout): the first one did, or there is a module that does by now."""
+        modules = self.objective.model.modules()
+        return self.objective.shown.draws or any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in modules)
 
     def losses(self, outputs: Tensor) -> Tensor:
-        """Each example's loss, ``(m,)``, with graph."""
-        return self.objective.likelihood.nll(self.labelled(outputs), self.targets)
+        """Each example's loss, ``(m,)``, with graph.
+
+        Raises:
+            ValueError: the likelihood gives something else, such as their mean.
+        """
+        losses = self.objective.likelihood.nll(self.labelled(outputs), self.targets)
+        if losses.shape != (self.size,):
+            likelihood = type(self.objective.likelihood).__name__
+            raise ValueError(
+                f"{likelihood}.nll returned shape {tuple(losses.shape)} for {self.size} examples: it must return "
+                f"each one's negative log-likelihood, ({self.size},), not their mean"
+            )
+        return losses
 
     def loss(self, outputs: Tensor) -> Tensor:
         """The mean loss and the penalty, with graph."""
@@ -196,7 +212,9 @@ class Minibatch:
 
     def __call__(self) -> Tensor:
         """Evaluate, fill ``.grad`` anew, return the loss (detached): a ``torch.optim`` closure."""
-        self.objective.model.zero_grad(set_to_none=True)
+        for module in (self.objective.model, self.objective.likelihood):
+            if isinstance(module, nn.Module):  # a likelihood may be one, with parameters of its own
+                module.zero_grad(set_to_none=True)
         return self.finish(self.add_gradient())
 
     def add_gradient(self) -> Tensor:
@@ -240,7 +258,7 @@ class Minibatch:
         sample = copy.copy(self)
         sample.inputs = tuple(x[index] for x in self.inputs)
         sample.targets = sample.inputs[0] if self.targets is self.inputs[0] else self.targets[index]
-        sample.weight = sample.size / self.size
+        sample.weight = self.weight * sample.size / self.size
         return sample
 
     def fill_gradients(self, trace: Trace, retain_graph: bool = False) -> Tensor:
@@ -295,7 +313,7 @@ class Minibatch:
             self._redraw(visit)
             return
         here = self.size * self.ranks
-        scale = 1.0 if self._dropout else max(0.0, 1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
+        scale = 1.0 if self._drawing else max(0.0, 1 - self.drawn / (self.objective.population or math.inf)) ** 0.5
         order = torch.randperm(here, generator=self.objective.generator, device=self.targets.device)
         signs = self._mine(order % 2 * 2 - 1)
         scale = self.clipped * scale * self.ranks / (here * self.drawn) ** 0.5

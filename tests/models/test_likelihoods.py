@@ -139,3 +139,9 @@ def test_an_example_of_several_labels_is_the_sum_of_as_many_examples():
     torch.testing.assert_close(apart.hessian_product(z, v), apart.hessian_product(z1, v1).view_as(z))
     drawn = [apart.sampled_residual(part, seeded(3)).view_as(z) for part in (z, z1)]
     torch.testing.assert_close(*drawn)
+
+
+def test_labels_that_torch_leaves_out_are_refused():
+    labels = torch.tensor([0, -100])
+    with pytest.raises(IndexError, match="-100 is out of bounds"):
+        Categorical().nll(torch.zeros(2, 3), labels)

@@ -144,3 +144,12 @@ def test_adahessian_averages_the_gradient_of_all_parts_clipped(max_norm):
     torch.testing.assert_close(*averages, rtol=1e-9, atol=1e-12)
     norm = torch.cat([a.flatten() for a in averages[0]]).norm() / 0.5
     assert norm == pytest.approx(max_norm, rel=1e-4) if max_norm else norm > 0.1
+
+
+def test_work_in_parts_is_that_of_the_batch():
+    model = small_network()
+    x, y = small_batch()
+    objectives = [small_objective(model, population=1000) for _ in range(2)]
+    objectives[0](x, y)()
+    accumulate(objectives[1](*part) for part in zip(x.chunk(4), y.chunk(4), strict=True))()
+    assert objectives[0].gradient_equivalents == objectives[1].gradient_equivalents == 1

@@ -164,14 +164,22 @@ def test_noise_of_dropout_at_full_batch_is_the_spread_of_the_gradient():
 
 @BOTH
 def test_a_full_batch_has_no_sampling_noise_and_dropout_has_its_own(method):
+    class FunctionalDropout(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=self.training)
+
     noise = []
-    for model in (small_network(), nn.Sequential(nn.Dropout(0.5), small_network())):
+    for model in (
+        small_network(),
+        *(nn.Sequential(d, small_network()) for d in (nn.Dropout(0.5), FunctionalDropout())),
+    ):
         optimizer = method(model.parameters())
         x, y = small_batch()
         optimizer.step(small_objective(model, population=len(y))(x, y))
         noise.append(optimizer._search["noise"].clone())
     assert (noise[0] == 0).all()
     assert (noise[1] > 0).all()
+    assert (noise[2] > 0).all()
 
 
 @BOTH
@@ -210,6 +218,24 @@ def test_layers_whose_slope_is_noise_take_a_common_step(own, signal):
     assert sizes[0] / sizes[-1] == pytest.approx(100 ** (own * signal**2), rel=1e-4)
     at = _model(sizes, search)
     assert at < min(_model(1.01 * sizes, search), _model(0.99 * sizes, search))  # their joint scale minimises the model
+
+
+@pytest.mark.parametrize("unseen", [0.0, 1e-30])
+def test_a_layer_of_whose_curvature_nothing_was_seen_takes_the_common_step(unseen):
+    """As an expert does that no example of the sample reaches, and one without a gradient beside it."""
+    model = small_network()
+    optimizer = LWSGDm(model.parameters(), averaging=0.0, trust=1e9, **UNBOUNDED)
+    optimizer.step(small_objective(model)(*small_batch()))
+    search, layers = optimizer._search, len(optimizer._layers)
+    search["along_step"] = torch.ones(2)
+    search["slope"] = torch.ones(layers)
+    search["slope"][-1] = 0
+    search["noise"] = torch.zeros(layers)
+    search["curvature"] = torch.diag(torch.full((layers,), 4.0))
+    search["curvature"][0, 0] = search["curvature"][-1, -1] = unseen
+    optimizer._search_step_sizes(search, per_length=torch.ones(layers))
+    torch.testing.assert_close(search["step_size"], torch.tensor([*[0.25] * (layers - 1), search["step_size"][-1]]))
+    assert search["step_size"].isfinite().all()
 
 
 def _model(sizes, search):
@@ -429,6 +455,8 @@ def test_bad_input(method):
         method(model[4].parameters()).step(small_objective(model)(*small_batch()))
     with pytest.raises(ValueError, match="no examples"):
         small_objective(model)(torch.randn(0, 6), torch.randint(3, (0,)))
+    with pytest.raises(ValueError, match=r"shape \(2,\) in LW.* is none of the model's"):
+        method([*model.parameters(), nn.Parameter(torch.zeros(2))]).step(small_objective(model)(*small_batch()))
     for wrong in (
         {"sigma": 0.0},
         {"averaging": 1.0},
@@ -469,9 +497,14 @@ def test_impossible_groups_are_refused(method):
         method([{"params": weights, "lr": -3.0}, {"params": others}])
     with pytest.raises(ValueError, match=r"weight_decay=-1\.0 is impossible"):
         method([{"params": weights}, {"params": others, "weight_decay": -1.0}])
-    optimizer = method([{"params": weights, "lr": 1.0}, {"params": others}])
+    for argument in ("sigma", "trust", "every"):
+        with pytest.raises(ValueError, match=f"has one {argument} for all groups; a group may have its own lr, "):
+            method([{"params": weights, argument: 1.0}, {"params": others}])
+    optimizer, objective = method([{"params": weights, "name": "a"}, {"params": others}]), small_objective(model)
+    optimizer.step(objective(*small_batch()))
+    optimizer.param_groups[0]["lr"] = 1.0
     with pytest.raises(ValueError, match="layer '0' has one step size"):
-        optimizer.step(small_objective(model, population=100)(*small_batch()))
+        optimizer.step(objective(*small_batch()))
 
 
 @pytest.mark.parametrize("population", [None, 24], ids=["minibatch", "full batch"])

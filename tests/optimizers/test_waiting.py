@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimizers import objective
+from optimizers.accounting import Account
 from optimizers.layers import find_layers
 from optimizers.tangent import Curvature
 from tests.optimizers import cases
@@ -40,9 +41,7 @@ def steps(name: str, population: int | None) -> None:
 def without_what_waits_once(monkeypatch):
     """Layers are checked once, by numbers that are read."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no such device
-    monkeypatch.setattr(
-        objective, "accounting_layers", lambda minibatch: (find_layers(minibatch.objective.model), False)
-    )
+    monkeypatch.setattr(objective, "account", lambda minibatch: Account(find_layers(minibatch.objective.model)))
 
 
 @pytest.mark.parametrize("population", [None, 24], ids=["minibatch", "full batch"])
