@@ -178,12 +178,13 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
         for pair in claim.pairs:  # Holm over the tasks
             of_pair = [row for row in rows if (row["method"], row["rival"]) == pair]
             for row, p in zip(of_pair, statistics.holm([row["p_worse"] for row in of_pair]), strict=True):
-                row["p_holm"] = float(p)
                 row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
+                if not better:  # where every task must be better there is nothing to correct for
+                    row["p_holm"] = float(p)
         failing = "is not better" if better else "is worse by more than the margin"
         verdict = _all_hold(measure, rows, failing, missing=missing)
         weak = not better and verdict.verdict == REPRODUCED
-        return replace(verdict, caveat=_unresolved(rows)) if weak else verdict
+        return replace(verdict, caveat=f"{_unresolved(rows)}{_shown(rows)}") if weak else verdict
 
     return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
 
@@ -210,7 +211,13 @@ def _unresolved(rows: list[dict]) -> str:
     if not worse:
         return ""
     names = ", ".join(dict.fromkeys(f"{row['task']} (n = {row['n']})" for row in worse))
-    return f"the mean is worse by more than the margin on {names}, but not significantly"
+    return f"the mean is worse by more than the margin on {names}, but not significantly; "
+
+
+def _shown(rows: list[dict]) -> str:
+    """To hold is not to have been found worse; of how many comparisons the converse was found."""
+    shown = sum(row["p_not_worse"] <= statistics.ALPHA for row in rows)
+    return f"shown not to be worse by more than the margin (p ≤ {statistics.ALPHA:g}) in {shown} of {len(rows)}"
 
 
 COSTS = {"seconds_per_step": "time_ratio", "peak_memory_bytes": "memory_ratio"}  # a record's column, the benchmark's

@@ -96,6 +96,7 @@ def _draw_shared(job: tuple[Callable, tuple]) -> Drawn | None:
 
 
 def _draw(records: Records, folder: Path, function: Callable, arguments: tuple) -> Drawn | None:
+    collecting = gc.isenabled()
     gc.disable()  # a figure's many objects all live until it is closed: looking for dead ones is a fifth of the time
     try:
         drawn = function(records, *arguments)
@@ -106,7 +107,8 @@ def _draw(records: Records, folder: Path, function: Callable, arguments: tuple) 
         drawn.figure.savefig(folder / f"{drawn.name}.pdf", metadata=nameless)
     finally:
         plt.close("all")
-        gc.enable()
+        if collecting:
+            gc.enable()
     drawn.data.to_csv(folder / f"{drawn.name}.csv", index=False, float_format="%.8g")
     return Drawn(drawn.name, drawn.task, drawn.title, drawn.alt, None, drawn.data)
 

@@ -36,7 +36,7 @@ REQUIRED = ("record_version", "status", "task", "optimizer", "seed", "final")
 # `profile` is represented by the budget it gives to the task.
 WHERE = (
     "seed", "results", "data", "tracker", "launcher", "device", "threads", "profile", "tuning", "progress",
-    "experiment", "hydra",
+    "experiment", "hydra", "cuda_graphs",
 )  # fmt: skip
 
 
@@ -253,6 +253,10 @@ def _variant(config: dict) -> str:
     task = config.get("task") if isinstance(config.get("task"), dict) else {}
     settings = {key: value for key, value in config.items() if key not in WHERE}
     settings["profile_budget"] = (profile.get("budgets") or {}).get(task.get("name"))
+    if isinstance(config.get("optimizer"), dict):  # what is said about a method is none of its settings
+        about = config["optimizer"].get("about") or {}
+        settings["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "search"}
+        settings["optimizer"]["about"] = [about.get("name"), about.get("version")]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 

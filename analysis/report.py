@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,8 @@ POINTS = 150  # of each interactive curve: finer than a screen shows
 NUMBERS = (
     ("task", "Task", 0), ("method", "Method", 0), ("rival", "Against", 0), ("n", "n", 0),
     ("difference", "Difference", 3), ("interval", "95 % interval", 3), ("margin", "Margin", 3),
-    ("p_worse", "p (worse)", 2), ("p_holm", "p (Holm)", 2), ("p_better", "p (better)", 2), ("ratio", "Ratio", 3),
+    ("p_worse", "p (worse)", 2), ("p_holm", "p (Holm)", 2), ("p_better", "p (better)", 2),
+    ("p_not_worse", "p (not worse)", 2), ("ratio", "Ratio", 3),
     ("memory_ratio", "Memory ratio", 3), ("limit", "Limit", 3), ("last_over_peak", "Last / peak", 2),
     ("correlation", "Correlation", 2), ("r_squared", "R²", 3), ("field", "Field", 0), ("from", "From", 2),
     ("to", "To", 2), ("holds", "Holds", 0),
@@ -260,18 +262,19 @@ def _rounded(values: pd.Series) -> list:
 
 def troubled(records: Records) -> list[dict]:
     """Every run that did not finish, trials included, with the command that makes it again."""
-    rows = []
+    rows, root = [], Path("results", records.root.name) if records.unpacked else records.root  # not into kept records
     for run in records.runs[records.runs.status != "finished"].sort_values("run").itertuples():
         at = "" if run.diverged_at is None or pd.isna(run.diverged_at) else f"step {int(run.diverged_at)}"
         rows.append({
             "run": run.run, "task": run.task, "method": run.label, "seed": run.seed, "status": run.status, "at": at,
-            "kind": "trial" if run.holdout else "final", "message": run.message or "", "command": command(run),
+            "kind": "trial" if run.holdout else "final", "message": run.message or "",
+            "command": command(run, root / "runs"),
         })  # fmt: skip
     return rows
 
 
-def command(run) -> str:
-    """The command that makes one run again: what differs by run from the config files."""
+def command(run, root: Path) -> str:
+    """The command that makes one run again, under `root`: what differs by run from the config files."""
     config = run.config
     parts = [f"python -m runners.train task={run.task} optimizer={run.optimizer} seed={run.seed}"]
     profile = (config.get("profile") or {}).get("name")
@@ -280,19 +283,21 @@ def command(run) -> str:
     parts += [f"budget.{unit}={amount}" for unit, amount in (config.get("budget") or {}).items() if amount]
     schedule = ((config.get("schedule") or {}).get("_target_") or "").rpartition(".")[2]
     parts += [f"schedule={SCHEDULES[schedule]}"] if schedule in SCHEDULES else []
-    parts += _chosen(config.get("optimizer") or {}, run.optimizer)
-    return " ".join(parts + (["holdout=true"] if run.holdout else []))
+    parts += _chosen("task", run.task, config.get("task") or {})
+    parts += _chosen("optimizer", run.optimizer, config.get("optimizer") or {})
+    parts += [f"{name}=true" for name in ("cuda_graphs", "holdout") if config.get(name) is True]
+    return " ".join([*parts, f"results.root={shlex.quote(str(root))}"])
 
 
-def _chosen(settings: dict, optimizer: str) -> list[str]:
-    """The settings of a method that its config file does not give, or gives by task."""
-    path = CONFIGS / "optimizer" / f"{optimizer}.yaml"
+def _chosen(group: str, name: str, settings: dict) -> list[str]:
+    """The settings of a task or a method that its config file does not give, or gives by another field."""
+    path = CONFIGS / group / f"{name}.yaml"
     given = yaml.safe_load(path.read_text()) if path.exists() else {}
-    own = {name: value for name, value in settings.items() if name not in ("_target_", "about", "search")}
+    own = {field: value for field, value in settings.items() if field not in ("_target_", "about", "search")}
     return [
-        f"{'' if name in given else '++'}optimizer.{name}={'null' if value is None else str(value).replace(' ', '')}"
-        for name, value in own.items()
-        if name not in given or value != given[name]
+        f"{'' if field in given else '++'}{group}.{field}={'null' if value is None else str(value).replace(' ', '')}"
+        for field, value in own.items()
+        if not isinstance(value, dict) and (field not in given or value != given[field])
     ]
 
 

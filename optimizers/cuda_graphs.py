@@ -177,11 +177,13 @@ class _Capture:
 def _no_garbage():
     """Nothing is collected within: a graph that is destroyed while another one is captured ends the capture."""
     gc.collect()
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
 
 
 def _tensors(minibatch: Minibatch) -> list[Tensor]:

@@ -29,8 +29,9 @@ def first_layer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs
     """The layer where a step went wrong: the one with the most that is not finite, else the first whose output is not
     (on these inputs).
 
-    Looked through are the method's diagnostics, else parameters, gradients, and what the optimizer keeps for them
-    (curvature, factors). None where all layers have as much of it: then it has spread, and nothing can be told.
+    Looked through are the method's diagnostics of layers, and where these tell nothing parameters, gradients, and what
+    the optimizer keeps for them (curvature, factors). None where all layers have as much of it: then it has spread, and
+    nothing can be told.
     """
     bad = Counter(_parts_not_finite(model, optimizer))
     if not bad.total():
@@ -41,9 +42,10 @@ def first_layer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs
 
 def _parts_not_finite(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """By layer, how many of its numbers or tensors are not finite."""
-    diagnostics = getattr(optimizer, "diagnostics", dict)()
-    if diagnostics:
-        return {layer: sum(not _is_finite(v) for v in values.values()) for layer, values in diagnostics.items()}
+    layers, diagnostics = dict(model.named_modules()), getattr(optimizer, "diagnostics", dict)()
+    told = {name: sum(not _is_finite(v) for v in of.values()) for name, of in diagnostics.items() if name in layers}
+    if any(told.values()):
+        return told
     bad = Counter()
     for name, p in model.named_parameters():
         tensors = _tensors((p.detach(), p.grad, optimizer.state.get(p, {})))

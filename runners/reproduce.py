@@ -151,9 +151,13 @@ def _sources(folder: Path) -> list[Path]:
     """The files that a report is made from: the analysis and its page, and what it reads."""
     analysis = Path(__file__).resolve().parent.parent / "analysis"
     found = [path for path in analysis.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for kind in ("profile", "optimizer"):
+        found += (CONFIGS / kind).glob("*.yaml")
     for pattern in ("runs/*/*/*/summary.json", "tuning/*/*.json", "study/*.csv"):
         found += folder.glob(pattern)
-    return sorted([*found, *folder.parent.glob("bench/*/bench.csv")])
+    for pattern in ("bench/*/bench.csv", "ablation/*/ablation.csv"):
+        found += folder.parent.glob(pattern)
+    return sorted(found)
 
 
 def _print_table(jobs: list[Job]) -> None:

@@ -51,9 +51,10 @@ TASKS = ("autoencoder_curves_small", "cnn_digits", "gcn_sbm")
 def make_study(folder: Path, names: list[str]) -> None:
     """Make those tables of `names` that there are here, unless they are in `folder`, made by this code."""
     code = hashlib.sha256()
-    packages = [Path(__file__).parents[1] / name for name in ("optimizers", "models", "data")]
-    for path in (Path(__file__), *(path for package in packages for path in sorted(package.glob("*.py")))):
-        code.update(path.read_bytes())
+    root = Path(__file__).parents[1]
+    for package in ("optimizers/*.py", "models/*.py", "data/*.py", "runners/*.py", "configs/**/*.yaml"):
+        for path in sorted(root.glob(package)):
+            code.update(path.read_bytes())
     for name in names:
         table, seal = folder / f"{name}.csv", folder / f".{name}-made-from"
         if name not in TABLES or (table.exists() and seal.exists() and seal.read_text() == code.hexdigest()):

@@ -166,8 +166,10 @@ def test_differences_that_few_seeds_cannot_resolve_are_told(tmp_path):
     judged = {claim["id"]: claim for claim in claims.judge(load(tmp_path))}
     verdict = judged["LW-1"]["verdicts"][0]
     assert verdict["verdict"] == YES
-    assert verdict["caveat"] == "the mean is worse by more than the margin on gcn_sbm (n = 3), but not significantly"
-    assert judged["LW-1"]["verdicts"][1]["caveat"] == ""
+    shown = "shown not to be worse by more than the margin (p ≤ 0.05) in {} of 1"
+    worse = "the mean is worse by more than the margin on gcn_sbm (n = 3), but not significantly; "
+    assert verdict["caveat"] == worse + shown.format(0)
+    assert judged["LW-1"]["verdicts"][1]["caveat"] == shown.format(1)
 
 
 def ablation(root, name, losses, diverged=0):

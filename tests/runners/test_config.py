@@ -1,8 +1,10 @@
+import shlex
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from analysis.records import _variant
 from analysis.report import command
 from runners.config import ConfigError, digest, resolve, run_folder, stream_seed
 
@@ -127,11 +129,24 @@ def test_streams_are_independent_and_zero_is_a_seed():
         ("optimizer=lw_sgdm", "optimizer.joint_trust=null", "optimizer.sigma=1", "budget.seconds=2.5"),
         ("optimizer=adamw", "optimizer.betas=[0.8,0.9]", "schedule=cosine", "budget.epochs=2"),
         ("optimizer=mbf", "++optimizer.refresh_early=false", "schedule=step", "threads=2", "task=cnn_digits"),
+        ("optimizer=sgdm", "task=autoencoder_curves_small", "task.batch_size=7", "task.weight_decay=0.1"),
     ],
 )
-def test_the_reports_command_makes_the_same_run(compose, overrides):
+def test_the_reports_command_makes_the_same_run(compose, overrides, tmp_path):
     config = OmegaConf.to_container(resolve(compose("task=gcn_sbm", *overrides)))
     config["optimizer"].pop("search", None)  # a record has none
     names = {"task": config["task"]["name"], "optimizer": config["optimizer"]["about"]["name"]}
     run = SimpleNamespace(config=config, seed=config["seed"], holdout=config["holdout"], **names)
-    assert run_folder(resolve(compose(*command(run).split()[3:]))).name == digest(config)
+    typed = shlex.split(command(run, tmp_path / "a b"))[3:]
+    assert run_folder(resolve(compose(*typed))) == tmp_path / "a b" / names["task"] / names["optimizer"] / digest(
+        config
+    )
+
+
+@pytest.mark.parametrize("override", ["optimizer.search.lr.source=elsewhere", "optimizer.about.label=X", "seed=3"])
+def test_what_is_one_run_is_one_method_of_the_report(compose, override):
+    """Seeds made after a word has changed are compared with those made before."""
+    configs = [OmegaConf.to_container(resolve(compose(*BASE, "device=cpu", *more))) for more in ((), (override,))]
+    configs[1]["cuda_graphs"] = "if_possible"
+    assert _variant(configs[0]) == _variant(configs[1])
+    assert (digest(configs[0]) == digest(configs[1])) == (override != "seed=3")

@@ -59,7 +59,8 @@ def test_a_report_is_made_anew_when_what_it_is_made_from_changes(tmp_path, monke
     for name in ("page/page.css", "page/page.js", "page/index.html.jinja", "curves.py"):
         assert CONFIGS.parent / "analysis" / name in _sources(folder)
     times = 1
-    for path in (None, "runs/t/o/h/summary.json", "tuning/t/o.json", "study/estimators.csv", "../bench/cpu/bench.csv"):
+    beside = ("../bench/cpu/bench.csv", "../ablation/trust/ablation.csv")
+    for path in (None, "runs/t/o/h/summary.json", "tuning/t/o.json", "study/estimators.csv", *beside):
         if path:
             (folder / path).parent.mkdir(parents=True)
             (folder / path).write_text("")
