@@ -53,12 +53,15 @@ def build(root: Path | str, out: Path | str | None = None) -> Path:
     Raises:
         FileNotFoundError: `root` is not a folder.
         FileExistsError: `out` holds something else than a report.
+        ValueError: there is nothing to report on.
     """
     root = Path(root)
     out = Path(out) if out else root / "report"
     if out.exists() and not (out / "claims.json").exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not a report and will not be replaced: name another folder")
     records = load(root)
+    if not any((len(records.runs), len(records.skipped), (root / "study").exists(), records.benches)):
+        raise ValueError(f"there is no record in {root}: name the folder that has runs/, such as results/quick")
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -145,7 +145,7 @@ def cached(path: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
 def _check(files: dict[str, str | tuple[str, ...]], root: Path, cache: Path, instead: str) -> list[str]:
     """Compare the files that exist with their digests; return those that do not exist."""
     stamps_path = cache / "checksums.json"
-    stamps = json.loads(stamps_path.read_text()) if stamps_path.exists() else {}
+    stamps = _stamps(stamps_path)
     fresh, missing = {}, []
     for name, expected in files.items():
         path = (root / name).resolve()
@@ -167,6 +167,15 @@ def _check(files: dict[str, str | tuple[str, ...]], root: Path, cache: Path, ins
     if fresh:
         _replace(stamps_path, lambda temporary: temporary.write_text(json.dumps(stamps | fresh)))
     return missing
+
+
+def _stamps(path: Path) -> dict[str, list]:
+    """What earlier checks found; nothing where that is lost, for it costs a checksum and no data."""
+    try:
+        stamps = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -58,7 +58,8 @@ class LayeredOptimizer(torch.optim.Optimizer):
                             f"parameter '{layer.name}.{name}' is trainable but in none of the optimizer's groups: "
                             "pass model.parameters(), or freeze it with requires_grad_(False)"
                         )
-            self._refuse_foreign(layers)
+            if not self.state:  # later on there are those of modules that were replaced
+                self._refuse_foreign(layers)
             self._layers = layers
         return layers
 
@@ -76,7 +77,7 @@ class LayeredOptimizer(torch.optim.Optimizer):
         """As of every optimizer.
 
         Raises:
-            ValueError: a group sets what is one for all of them.
+            ValueError: a group sets what is one for all of them, or out of its range.
         """
         arguments = {name for kind in type(self).__mro__ for name in inspect.signature(kind.__init__).parameters}
         for name in sorted(arguments & set(param_group) - {"params", *self.defaults}):
@@ -85,6 +86,10 @@ class LayeredOptimizer(torch.optim.Optimizer):
                 f"{', '.join(self.defaults)}"
             )
         super().add_param_group(param_group)
+        self.check_group(self.param_groups[-1])
+
+    def check_group(self, group: dict) -> None:
+        """Refuse a group's settings that are out of their range."""
 
     @property
     def first(self) -> Tensor:

@@ -268,13 +268,14 @@ class Layerwise(LayeredOptimizer):
         check(0 < share <= 1, "share", share, "in (0, 1]")
         check(joint_trust is None or joint_trust > 0, "joint_trust", joint_trust, "positive or None")
         super().__init__(params, {"lr": sigma} | defaults)
-        for group in self.param_groups:
-            check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
-            check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
         self.averaging, self.own, self.floor, self.look_back = averaging, own, floor, look_back
         self.every, self.settling, self.correct_every, self.share = every, settling, correct_every, share
         self.bounds = Bounds(trust, joint_trust, caution, warmup, growth, brake, stretch, head_start)
         self.curvature = GaussNewton() if curvature is None else curvature
+
+    def check_group(self, group: dict) -> None:
+        check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
+        check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
@@ -288,13 +289,19 @@ class Layerwise(LayeredOptimizer):
             ValueError: the parameter groups do not hold all of the model's trainable parameters, or divide a layer
                 between step-size scales.
         """
-        return self.carry_out(self.plan(closure), closure)
+        plan = self.plan(closure)
+        try:
+            return self.carry_out(plan, closure)
+        except BaseException:
+            if "step_size" not in self._search:  # what later measurements build on is not there
+                self._forget(self._search)
+            raise
 
     def plan(self, closure: Minibatch) -> Plan:
         """Count a step, and say what it will do; errors as of ``step``."""
-        known = self._layers
+        known, layers = self._layers, self.find_layers(closure)
         search = self._search
-        if self.find_layers(closure) is not known:
+        if layers is not known:
             self._start_anew(search)
         self._check_scales()
         measures = search["step"] < self.settling or search["step"] % self.every == 0
@@ -394,18 +401,22 @@ class Layerwise(LayeredOptimizer):
         """Where other layers train than before, what was measured is of no use."""
         self._warn_of_rates(search)
         if search.get("layers", self.layer_names) != self.layer_names:
-            search.clear()
-            search.update(step=0, measured=0)
+            self._forget(search)
         search["layers"] = self.layer_names
         self._parameters = [p for layer in self._layers for p in layer.parameters]
         number = [i for i, layer in enumerate(self._layers) for _ in layer.parameters]
         self._layer_of = torch.tensor(number, device=self.first.device)
         self._least_norms = torch.tensor([_least_norm(layer) for layer in self._layers], dtype=torch.float64)
 
+    @staticmethod
+    def _forget(search: Averages) -> None:
+        search.clear()
+        search.update(step=0, measured=0)
+
     def _warn_of_rates(self, search: Averages) -> None:
         """A schedule or a group made for another method sets learning rates, and training would stand still."""
         least = min(group["lr"] for group in self.param_groups)
-        if search["step"] == 0 and least < self.LEAST_SIGMA:
+        if search["step"] == 0 and 0 < least < self.LEAST_SIGMA:  # a warm-up may start at none
             warnings.warn(
                 f"{type(self).__name__} starts with lr={least:g}, which is its sigma (1 minimises the model, 2 is the "
                 f"edge of stability), not a learning rate: its steps are {2 / least:.0e} times as short as usual. "
@@ -446,12 +457,14 @@ class Layerwise(LayeredOptimizer):
         curvature = sample.mean(self.curvature(sample, trace, _Directions(self._layers, self._direction)))
         del trace
         ends = [p.clone() for p in self._parameters]
-        for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
-            for p in layer.parameters:
-                p.addcmul_(self._direction(p), alpha)
-        with RandomState(self.first.device).replayed():  # the pass from the end of the step will draw the same masks
-            loss = minibatch.evaluate()
-        torch._foreach_copy_(self._parameters, ends)
+        try:
+            for layer, alpha in zip(self._layers, self._step_sizes(search).unbind(), strict=True):
+                for p in layer.parameters:
+                    p.addcmul_(self._direction(p), alpha)
+            with RandomState(self.first.device).replayed():  # the pass from the step's end will draw the same masks
+                loss = minibatch.evaluate()
+        finally:  # also where the pass is interrupted
+            torch._foreach_copy_(self._parameters, ends)
         return Line(inverse(self._by_layer(lengths).sqrt()), curvature, end=loss)
 
     def _measure(self, minibatch: Minibatch, search: Averages, due: Due, last: Line | None) -> Line:

@@ -50,13 +50,16 @@ class LWAdamW(Layerwise):
         look_back: bool = True,
         **search,
     ) -> None:
-        betas = tuple(betas)
-        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
-        check(eps > 0, "eps", eps, "positive")
-        defaults = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
         search |= {"look_back": look_back}
         super().__init__(params, defaults, **search)
+
+    def check_group(self, group: dict) -> None:
+        super().check_group(group)
+        betas, eps = group["betas"], group["eps"]
+        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        check(eps > 0, "eps", eps, "positive")
 
     def _count(self) -> tuple[Hashable, dict[str, float]]:
         """Bias corrections, by age and group: of parameters that were frozen for a while they are others."""

@@ -49,11 +49,14 @@ class LWSGDm(Layerwise):
         look_back: bool = False,
         **search,
     ) -> None:
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         defaults = {"momentum": momentum, "weight_decay": weight_decay}
         search |= {"trust": trust, "joint_trust": joint_trust, "own": own}
         search |= {"caution": caution, "warmup": warmup, "growth": growth, "brake": brake, "look_back": look_back}
         super().__init__(params, defaults, **search)
+
+    def check_group(self, group: dict) -> None:
+        super().check_group(group)
+        check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
 
     def _take_in(self, parameter: Tensor) -> None:
         self.buffer(parameter, "exp_avg").lerp_(parameter.grad, 1 - self.group(parameter)["momentum"])

@@ -61,10 +61,11 @@ class Objective:
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: ``likelihood`` is none.
 
     Attributes:
-        layers: the model's layers (found when first asked for, and again by a step where parameters have been
-            frozen or unfrozen; call ``refresh`` after replacing modules).
+        layers: the model's layers (found when first asked for, and again by a step where parameters are others, or
+            have been frozen or unfrozen; call ``refresh`` after replacing modules that have none).
         gradient_equivalents: the work done so far; one forward and one full backward make 1.
     """
 
@@ -79,6 +80,10 @@ class Objective:
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} is impossible: it must be positive, or None")
+        if population is not None and not (isinstance(population, int) and population > 0):
+            raise ValueError(f"population={population} is impossible: it must be a number of examples, or None")
+        if isinstance(likelihood, type) or not hasattr(likelihood, "nll"):
+            raise TypeError(f"{likelihood} is no likelihood: Objective(model, Categorical()), or another with an nll")
         self.model = model
         self.likelihood = likelihood
         self.generator = generator
@@ -87,7 +92,7 @@ class Objective:
         self.max_norm = max_norm
         self.gradient_equivalents = 0.0
         self._account: Account | None = None
-        self._state: list[bool] | None = None  # the mode and which parameters were trained when it was taken
+        self._state: list | None = None  # the mode, the parameters and which were trained when it was taken
 
     @property
     def layers(self) -> list[Layer]:
@@ -107,11 +112,10 @@ class Objective:
     def account(self, minibatch: Minibatch) -> list[Layer]:
         """The layers, once this minibatch or one before has shown that their calls account for its gradient.
 
-        Found anew where other parameters are trained than before, or in another mode; see ``optimizers.accounting``.
+        Found anew where there are or are trained other parameters than before, or in another mode; see
+        ``optimizers.accounting``.
         """
-        if self._state is None:
-            self._parameters = list(self.model.parameters())
-        state = [self.model.training, *(p.requires_grad for p in self._parameters)]
+        state = [self.model.training, *((id(p), p.requires_grad) for p in self.model.parameters())]
         if state != self._state:
             self._account = None  # what was known misleads no pass that looks anew
             self._account, self._state = account(minibatch), state

@@ -179,6 +179,16 @@ def _check(cfg: DictConfig) -> None:
     for field, value in ({"task.penalty": cfg.task.penalty} | numbers).items():
         if value is not None and not (_number(value) and value >= 0):
             raise ConfigError(f"{field} is {value}; type a number of at least 0")
+    for field, value in _not_numbers(cfg.optimizer):
+        raise ConfigError(f"optimizer.{field} is {value}; type a number")
+    for field, value in {"task.name": cfg.task.name, "optimizer.about.name": cfg.optimizer.about.name}.items():
+        if not value or Path(value).name != value:  # a folder of the results is called so
+            raise ConfigError(f"{field} is {value}; type a name without slashes")
+    if not cfg.results.root:
+        raise ConfigError("results.root is empty; type results.root=FOLDER")
+    gamma = cfg.schedule.get("gamma", 1)
+    if not _number(gamma) or gamma <= 0:
+        raise ConfigError(f"schedule.gamma is {gamma}; type a positive number")
     if not isinstance(cfg.holdout, bool):
         raise ConfigError(f"holdout is {cfg.holdout}; type true or false")
     if cfg.task.dtype not in DTYPES:
@@ -215,6 +225,15 @@ def _whole_numbers(cfg: DictConfig) -> Iterator[tuple[str, object, int]]:
     for field in ("step_size", "T_max"):
         if field in cfg.schedule:
             yield f"schedule.{field}", cfg.schedule[field], 1
+
+
+def _not_numbers(optimizer: DictConfig) -> Iterator[tuple[str, object]]:
+    """The settings that are numbers in the method's file and here are none; some, but no rate, may be null."""
+    path = CONFIGS / "optimizer" / f"{optimizer.about.name}.yaml"
+    given = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    for field, value in optimizer.items():
+        if _number(given.get(field)) and not _number(value) and (value is not None or field == "lr"):
+            yield field, value
 
 
 def _is_declared(name: str) -> bool:

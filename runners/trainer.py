@@ -340,7 +340,11 @@ class Trainer:
         objective = self.objective_type(model, self.likelihood, generators["labels"], len(self.dataset.train), penalty)
         settings = {key: value for key, value in self.cfg.optimizer.items() if key not in ("about", "search")}
         with contextlib.redirect_stdout(io.StringIO()):  # some packages greet; the last line out is the run's folder
-            optimizer = instantiate(settings, model.parameters(), _convert_="all")
+            try:
+                optimizer = instantiate(settings, model.parameters(), _convert_="all")
+            except TypeError as refusal:
+                name = self.cfg.optimizer.about.name
+                raise ConfigError(f"{name} cannot be made of {settings} ({refusal})") from refusal
         set_mode("train", model, optimizer)
         return model, objective, optimizer
 

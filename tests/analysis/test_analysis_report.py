@@ -245,3 +245,10 @@ def test_the_page_works_in_a_browser(built, tmp_path, width):
     assert seen["static"] == 1
     assert "LW-AdamW" in seen["tip"] and "Training loss against step" in seen["labelled"]
     assert seen["wide"] <= 0  # nothing overflows sideways
+
+
+def test_a_folder_without_records_is_no_results_folder(tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"there is no record in .*other: name the folder that has runs"):
+        report.build(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())

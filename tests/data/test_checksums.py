@@ -49,6 +49,15 @@ def test_a_digest_is_paid_once_and_again_after_a_change(known, monkeypatch):
         check(root, cache)
 
 
+@pytest.mark.parametrize("text", ['{"a": ', "[]"])
+def test_lost_notes_of_earlier_checks_cost_a_check(known, text):
+    root, cache = known
+    check(root, cache)
+    (cache / "checksums.json").write_text(text)
+    check(root, cache)
+    assert str(root / "a") in (cache / "checksums.json").read_text()
+
+
 def test_missing_files_are_downloaded_and_checked(known):
     root, cache = known
     (root / "a").unlink()

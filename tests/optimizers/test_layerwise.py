@@ -433,6 +433,68 @@ def test_schedulers_scale_the_steps(method):
     torch.testing.assert_close(after, [0.1 * size for size in before])
 
 
+@BOTH
+def test_a_warm_up_may_start_at_nothing(method):
+    model = small_network()
+    optimizer, before = method(model.parameters()), [p.detach().clone() for p in model.parameters()]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 5))
+    for step in range(8):
+        optimizer.step(small_objective(model)(*small_batch()))
+        assert (step == 0) == all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        scheduler.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@BOTH
+def test_a_first_step_that_fails_is_as_if_it_had_not_been(method):
+    model, (x, y) = small_network(), small_batch()
+    optimizer, objective = method(model.parameters()), small_objective(model)
+    with pytest.raises(IndexError):
+        optimizer.step(objective(torch.cat([x, x]), torch.cat([y, y + 99])))
+    losses = [optimizer.step(objective(x, y)) for _ in range(60)]
+    assert losses[-1] < losses[0]
+
+
+def test_an_interrupted_look_back_leaves_the_weights_where_they_were():
+    model, (x, y) = small_network(), small_batch()
+    optimizer, objective = LWAdamW(model.parameters(), settling=5), small_objective(model)
+    interrupted = 0
+
+    def interrupt(module, inputs):
+        if not torch.is_grad_enabled():
+            raise KeyboardInterrupt
+
+    for _ in range(20):
+        before = [p.detach().clone() for p in model.parameters()]
+        handle = model.register_forward_pre_hook(interrupt)
+        try:
+            if optimizer._due(objective(x, y), optimizer._search).back:
+                interrupted += 1
+                with pytest.raises(KeyboardInterrupt):
+                    optimizer.step(objective(x, y))
+                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        finally:
+            handle.remove()
+        optimizer.step(objective(x, y))
+    assert interrupted
+
+
+@BOTH
+def test_a_module_may_be_replaced_between_steps(method):
+    model = small_network()
+    optimizer, objective = method(model.parameters()), small_objective(model)
+    for _ in range(3):
+        optimizer.step(objective(*small_batch()))
+    model[4] = nn.Linear(model[4].in_features, model[4].out_features)
+    with pytest.raises(ValueError, match=r"'4\.weight' is trainable but in none"):
+        optimizer.step(objective(*small_batch()))
+    optimizer.add_param_group({"params": model[4].parameters()})
+    before = model[4].weight.detach().clone()
+    for _ in range(3):
+        assert optimizer.step(objective(*small_batch())).isfinite()
+    assert not torch.equal(model[4].weight, before)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @BOTH
 def test_any_batch_size(method, batch):
@@ -455,6 +517,10 @@ def test_bad_input(method):
         method(model[4].parameters()).step(small_objective(model)(*small_batch()))
     with pytest.raises(ValueError, match="no examples"):
         small_objective(model)(torch.randn(0, 6), torch.randint(3, (0,)))
+    with pytest.raises(ValueError, match="population=0 is impossible"):
+        small_objective(model, population=0)
+    with pytest.raises(TypeError, match=r"Categorical'> is no likelihood: Objective\(model, Categorical\(\)\)"):
+        Objective(model, Categorical)
     with pytest.raises(ValueError, match=r"shape \(2,\) in LW.* is none of the model's"):
         method([*model.parameters(), nn.Parameter(torch.zeros(2))]).step(small_objective(model)(*small_batch()))
     for wrong in (
@@ -497,6 +563,9 @@ def test_impossible_groups_are_refused(method):
         method([{"params": weights, "lr": -3.0}, {"params": others}])
     with pytest.raises(ValueError, match=r"weight_decay=-1\.0 is impossible"):
         method([{"params": weights}, {"params": others, "weight_decay": -1.0}])
+    option, value = ("momentum", 1.5) if method is LWSGDm else ("betas", (0.9, 1.5))
+    with pytest.raises(ValueError, match=f"{option}=.* is impossible"):
+        method(weights).add_param_group({"params": others, option: value})
     for argument in ("sigma", "trust", "every"):
         with pytest.raises(ValueError, match=f"has one {argument} for all groups; a group may have its own lr, "):
             method([{"params": weights, argument: 1.0}, {"params": others}])
