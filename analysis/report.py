@@ -53,15 +53,12 @@ def build(root: Path | str, out: Path | str | None = None) -> Path:
     Raises:
         FileNotFoundError: `root` is not a folder.
         FileExistsError: `out` holds something else than a report.
-        ValueError: there is nothing to report on.
     """
     root = Path(root)
     out = Path(out) if out else root / "report"
     if out.exists() and not (out / "claims.json").exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not a report and will not be replaced: name another folder")
     records = load(root)
-    if not any((len(records.runs), len(records.skipped), (root / "study").exists(), records.benches)):
-        raise ValueError(f"there is no record in {root}: name the folder that has runs/, such as results/quick")
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -339,8 +336,12 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="a results folder, such as results/quick")
     parser.add_argument("--out", type=Path, help="where the report goes (default: <root>/report)")
     arguments = parser.parse_args()
+    root = arguments.root
+    holds = any((root / name).is_dir() for name in ("runs", "tuning", "study"))
+    if root.is_dir() and not holds and not any(root.glob("*/*/*/summary.json")):  # which a sweep's own folder has
+        sys.exit(f"error: there is no record in {root}: name the folder that has runs/, such as results/quick")
     try:
-        print(build(arguments.root, arguments.out))
+        print(build(root, arguments.out))
     except (FileNotFoundError, FileExistsError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -86,7 +86,7 @@ class CapturedSteps:
         for state in (optimizer.state[p] for p in self._parameters if p in optimizer.state):
             state.update({name: x.to(device) for name, x in state.items() if isinstance(x, Tensor)})
         self._stream = torch.cuda.Stream(device)
-        self._circumstances = self._layers = None
+        self._circumstances = self._account = None
         self._begin()
 
     def _begin(self) -> None:
@@ -99,9 +99,9 @@ class CapturedSteps:
         """One step; arguments as of ``Objective``, the loss as of ``optimizer.step``."""
         minibatch = self.objective(inputs, targets, rows)
         plan = self._plan(minibatch)
-        circumstances, layers = self._present_circumstances(), self.objective._layers
-        if circumstances != self._circumstances or layers is not self._layers:
-            self._circumstances, self._layers = circumstances, layers
+        circumstances, account = self._present_circumstances(), self.objective._account
+        if circumstances != self._circumstances or account is not self._account:
+            self._circumstances, self._account = circumstances, account
             self._begin()
         kind = plan.kind, *map(_form, _tensors(minibatch))
         capture = self._captured.get(kind)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -247,8 +248,9 @@ def test_the_page_works_in_a_browser(built, tmp_path, width):
     assert seen["wide"] <= 0  # nothing overflows sideways
 
 
-def test_a_folder_without_records_is_no_results_folder(tmp_path):
+def test_a_folder_without_records_is_no_results_folder(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"there is no record in .*other: name the folder that has runs"):
-        report.build(tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "other")])
+    with pytest.raises(SystemExit, match=r"error: there is no record in .*other: name the folder that has runs"):
+        report.main()
     assert not list((tmp_path / "other").iterdir())

@@ -6,6 +6,7 @@ from torch import nn
 
 from models.likelihoods import Categorical, Gaussian, Scaled
 from optimizers import Objective
+from optimizers.accounting import Account
 from optimizers.curvature import (
     ExactGaussNewton,
     ExactHessian,
@@ -245,7 +246,7 @@ def test_curvature_of_a_likelihood_scaled_by_c_is_scaled_by_c():
         q = []
         for likelihood in (Categorical(), Scaled(Categorical(), 1000.0)):
             objective = Objective(model, likelihood, torch.Generator().manual_seed(5))
-            objective._layers = layers
+            objective._account = Account(layers)
             q.append(estimate(estimator, (objective(x, y), directions)))
         torch.testing.assert_close(q[1], 1000 * q[0], rtol=1e-9, atol=1e-12)
 

@@ -58,7 +58,7 @@ def test_trust_is_relative_to_no_less_than_a_part_of_the_norm_that_torch_starts_
     optimizer = LWSGDm(module.parameters())
     optimizer._layers = objective.layers
     optimizer._group_of = dict.fromkeys(module.parameters(), optimizer.param_groups[0])
-    optimizer._check_layers(optimizer._search)
+    optimizer._start_anew(optimizer._search)
     started = optimizer._weight_norms()
     torch.testing.assert_close(started, torch.cat([p.flatten() for p in module.parameters()]).norm().view(1))
     with torch.no_grad():
