@@ -178,13 +178,12 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
         for pair in claim.pairs:  # Holm over the tasks
             of_pair = [row for row in rows if (row["method"], row["rival"]) == pair]
             for row, p in zip(of_pair, statistics.holm([row["p_worse"] for row in of_pair]), strict=True):
-                row["holds"] = row["better"] if better else bool(p > statistics.ALPHA)
-                if not better:  # where every task must be better there is nothing to correct for
-                    row["p_holm"] = float(p)
+                # where every task must be better there is nothing to correct for
+                row |= {"holds": row["better"]} if better else {"p_holm": float(p), "holds": bool(p > statistics.ALPHA)}
         failing = "is not better" if better else "is worse by more than the margin"
         verdict = _all_hold(measure, rows, failing, missing=missing)
         weak = not better and verdict.verdict == REPRODUCED
-        return replace(verdict, caveat=f"{_unresolved(rows)}{_shown(rows)}") if weak else verdict
+        return replace(verdict, caveat="; ".join(filter(None, (_unresolved(rows), _shown(rows))))) if weak else verdict
 
     return lambda records, claim: [guarded(m, lambda m=m: judge(records, claim, m)) for m in MEASURES]
 
@@ -211,7 +210,7 @@ def _unresolved(rows: list[dict]) -> str:
     if not worse:
         return ""
     names = ", ".join(dict.fromkeys(f"{row['task']} (n = {row['n']})" for row in worse))
-    return f"the mean is worse by more than the margin on {names}, but not significantly; "
+    return f"the mean is worse by more than the margin on {names}, but not significantly"
 
 
 def _shown(rows: list[dict]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -65,7 +66,7 @@ class Objective:
 
     Attributes:
         layers: the model's layers (found when first asked for, and again by a step where parameters are others, or
-            have been frozen or unfrozen; call ``refresh`` after replacing modules that have none).
+            have been frozen or unfrozen; call ``refresh`` after giving the same ones to other modules).
         gradient_equivalents: the work done so far; one forward and one full backward make 1.
     """
 
@@ -80,7 +81,7 @@ class Objective:
     ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm} is impossible: it must be positive, or None")
-        if population is not None and not (isinstance(population, int) and population > 0):
+        if population is not None and not (isinstance(population, Integral) and population > 0):
             raise ValueError(f"population={population} is impossible: it must be a number of examples, or None")
         if isinstance(likelihood, type) or not hasattr(likelihood, "nll"):
             raise TypeError(f"{likelihood} is no likelihood: Objective(model, Categorical()), or another with an nll")
@@ -106,7 +107,7 @@ class Objective:
         return self._account
 
     def refresh(self) -> None:
-        """Look for layers anew at the next step: after modules were replaced."""
+        """Look for layers anew at the next step: after modules were replaced by others with the same parameters."""
         self._account = self._state = None
 
     def account(self, minibatch: Minibatch) -> list[Layer]:
