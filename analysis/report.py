@@ -23,6 +23,7 @@ from analysis.curves import learnt, mean_curves, reach
 from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_of
 from analysis.records import AXES, Records, load
 from analysis.style import style
+from analysis.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCHEDULES = {"StepLR": "step", "CosineAnnealingLR": "cosine"}
@@ -98,7 +99,7 @@ def write(records: Records, folder: Path) -> None:
     page = environment.get_template("index.html.jinja").render(
         head=overview(records),
         claims=[shown_claim(claim, results) for claim in judged],
-        counts={v: sum(_overall(c) == v for c in judged) for v in (claims.REPRODUCED, claims.NOT_REPRODUCED)},
+        counts={v: sum(_overall(c) == v for c in judged) for v in (REPRODUCED, NOT_REPRODUCED)},
         families=families(records, results, drawn),
         across=[figure for figure in drawn if not figure.task],
         missing=missing(records),
@@ -151,10 +152,10 @@ def _range(values: pd.Series) -> str:
 def _overall(claim: dict) -> str:
     """A claim's verdict in one word: it must hold on every measure that was tested."""
     verdicts = [verdict["verdict"] for verdict in claim["verdicts"]]
-    for verdict in (claims.NOT_REPRODUCED, claims.NOT_TESTED):
+    for verdict in (NOT_REPRODUCED, NOT_TESTED):
         if verdict in verdicts:
             return verdict
-    return claims.REPRODUCED
+    return REPRODUCED
 
 
 def shown_claim(claim: dict, results: pd.DataFrame) -> dict:

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from analysis import statistics, tables
-from analysis.claims import final_values
+from analysis.comparisons import final_values
 from analysis.panels import CROWD, MEASURES, Drawn, Panel, measure_names, methods_of, panels, scale_of
 from analysis.records import Records
 from analysis.style import heading, method_handles, names_at_ends, shade, style, value_axis

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from analysis.claims import final_values, larger_is_better
+from analysis.comparisons import final_values, larger_is_better
 from analysis.records import Records
 from analysis.style import order
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from make_records import METHODS, Planted, write_records, write_run
 
-from analysis import claims, tables
+from analysis import claims, comparisons, tables
 from analysis.records import load
+from analysis.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 
 TASKS = ("cnn_digits", "gcn_sbm")
-YES, NO, UNTESTED = claims.REPRODUCED, claims.NOT_REPRODUCED, claims.NOT_TESTED
+YES, NO, UNTESTED = REPRODUCED, NOT_REPRODUCED, NOT_TESTED
 ALL = METHODS | {
     "lw_sgdm": Planted(final=0.25, seconds=0.018, memory=1.1),
     "lw_adamw": Planted(final=0.23, seconds=0.019, memory=1.2),
@@ -310,6 +311,6 @@ def test_numbers_and_json(tmp_path):
 def test_margins():
     import pandas as pd
 
-    assert claims.margin(pd.Series([10.0, 10.0]), accuracy=False) == pytest.approx(0.2)
-    assert claims.margin(pd.Series([0.1, 0.1]), accuracy=False) == pytest.approx(0.01)
-    assert claims.margin(pd.Series([0.9, 0.9]), accuracy=True) == pytest.approx(0.005)
+    assert comparisons.margin(pd.Series([10.0, 10.0]), accuracy=False) == pytest.approx(0.2)
+    assert comparisons.margin(pd.Series([0.1, 0.1]), accuracy=False) == pytest.approx(0.01)
+    assert comparisons.margin(pd.Series([0.9, 0.9]), accuracy=True) == pytest.approx(0.005)
