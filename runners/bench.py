@@ -32,6 +32,7 @@ from torch import Tensor
 from data.batches import Dataset, Split
 from data.graphs import normalised_adjacency, sparse
 from optimizers.cuda_graphs import WARM
+from runners.assembly import Assembly
 from runners.clock import Clock
 from runners.command import describe
 from runners.config import (
@@ -45,7 +46,6 @@ from runners.config import (
 )
 from runners.evaluation import set_mode
 from runners.provenance import provenance
-from runners.trainer import Trainer
 
 REFERENCE = "sgdm"
 # Tasks, with what each needs of the time, relatively.
@@ -65,7 +65,7 @@ TURN = 0.05  # seconds of a turn of short steps
 PATIENCE = 0.25  # of a workload's time, for a method's first two steps: the others need some too
 
 
-class Contender(Trainer):
+class Contender(Assembly):
     """One optimizer on one workload, and what its steps took.
 
     Args:
@@ -81,7 +81,7 @@ class Contender(Trainer):
 
     def __init__(self, name: str, cfg: DictConfig, steady: dict, dataset: Dataset | None, patience: float) -> None:
         self.name, self._steady, self._stand_in = name, steady, dataset
-        super().__init__(cfg, Path())
+        super().__init__(cfg)
         self.batch = next(iter(self.batches))
         self.intervals = self._intervals(cfg.optimizer)
         self.period = math.lcm(*(every for every, _ in self.intervals))

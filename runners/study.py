@@ -34,9 +34,9 @@ from optimizers import LWSGDm, Objective, curvature
 from optimizers.objective import Minibatch
 from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Trace
+from runners.assembly import Assembly
 from runners.config import resolve
 from runners.record import replace_file
-from runners.trainer import Trainer
 
 LAYERS, EXAMPLES, CLASSES, PENALTY, NEWTON = 3, 200, 3, 0.01, 8
 ESTIMATORS = {
@@ -138,11 +138,11 @@ def _hessian(minibatch, weights: list[Tensor]) -> Tensor:
 def estimators(steps: int = 60, draws: int = 100) -> Iterator[dict]:
     """Rows `model, layer, estimator, draws, relative_bias, standard_error`; the last two by the exact `q_l`."""
     for task in TASKS:
-        trainer = _trained(task, steps)
-        minibatch = trainer.objective(*next(iter(trainer.batches)))
+        assembly = _trained(task, steps)
+        minibatch = assembly.objective(*next(iter(assembly.batches)))
         trace = _Replay(minibatch)
         minibatch.fill_gradients(trace())
-        directions = {layer: [p.grad for p in layer.parameters] for layer in trainer.objective.layers}
+        directions = {layer: [p.grad for p in layer.parameters] for layer in assembly.objective.layers}
         for name, (estimator, oracle, stride) in ESTIMATORS.items():
             exact = oracle()(minibatch, trace(), directions).diagonal()
             whole = stride == 1 or minibatch.mixing
@@ -165,18 +165,18 @@ class _Replay:
             return (sample or self.minibatch).trace()
 
 
-def _trained(task: str, steps: int) -> Trainer:
+def _trained(task: str, steps: int) -> Assembly:
     """A task's model after some steps of LW-SGDm."""
     choices = [f"task={task}", "optimizer=lw_sgdm", "device=cpu", "threads=1", "tracker=none"]
-    trainer = Trainer(resolve(hydra.compose("config", [*choices, f"budget.steps={steps}"])), Path())
+    assembly = Assembly(resolve(hydra.compose("config", [*choices, f"budget.steps={steps}"])))
     batches = iter(())
     for _ in range(steps):
         batch = next(batches, None)
         if batch is None:
-            batches = iter(trainer.batches)
+            batches = iter(assembly.batches)
             batch = next(batches)
-        trainer.optimizer.step(trainer.objective(*batch))
-    return trainer
+        assembly.optimizer.step(assembly.objective(*batch))
+    return assembly
 
 
 TABLES = {"linear_convergence": linear_convergence, "estimators": estimators}
