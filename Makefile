@@ -36,7 +36,7 @@ reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|unse
 	@$(BIN)/python -m runners.reproduce profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
 
 figure: setup  ## Make what one figure of docs/figures.md needs, and draw it (N=1..11, PROFILE=quick|unseen|cpu|paper)
-	@$(BIN)/python -m runners.reproduce experiment=figure_$(N) profile=$(PROFILE) launcher=$(LAUNCHER) $(ARGS)
+	@$(BIN)/python -m runners.reproduce experiment=figure_$(N) profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
 
 report: setup  ## Make the report of a profile's records again, of the committed ones where there are no others (PROFILE=quick|unseen|cpu|paper)
 	@$(BIN)/python -m analysis.report $(firstword $(wildcard results/$(PROFILE)/runs/.. results/reference/$(PROFILE)) results/$(PROFILE))

@@ -348,11 +348,13 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     found = []
     finals = runs[~runs.holdout & runs.current & runs.status.isin(["finished", "diverged"])]
     for task, group in finals.groupby("task"):
-        for column in ("device", "threads", "commit"):
-            methods = group.groupby(group[column].astype(str)).optimizer.unique()
+        same = {column: group[column] for column in ("device", "threads", "commit", "surrogate")}
+        same["cuda_graphs"] = group.config.map(lambda config: config.get("cuda_graphs") or False)
+        for name, values in same.items():
+            methods = group.groupby(values.astype(str)).optimizer.unique()
             if len(methods) > 1:
                 parts = [f"{value[:24]} ({', '.join(sorted(names))})" for value, names in methods.items()]
-                found.append(f"{task}: runs differ in {column}: {'; '.join(parts)}")
+                found.append(f"{task}: runs differ in {name}: {'; '.join(parts)}")
         versions = pd.DataFrame(group.versions.tolist())
         for package in versions.columns[versions.nunique() > 1]:
             seen = ", ".join(sorted(versions[package].dropna().astype(str).unique()))

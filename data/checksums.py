@@ -7,11 +7,13 @@ that too. A digest is paid once per file: its result is remembered with the file
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -102,6 +104,14 @@ def ensure(dataset: str, root: Path, cache: Path, *, download: Callable[[], obje
         DataError: if a file is damaged, or missing and not to be had.
     """
     files = CHECKSUMS[dataset]
+    if all((root / name).is_file() for name in files) and not _check(files, root, cache, instead):
+        return
+    with _alone(cache):
+        _download(dataset, root, cache, download, instead)
+
+
+def _download(dataset: str, root: Path, cache: Path, download: Callable[[], object], instead: str) -> None:
+    files = CHECKSUMS[dataset]
     missing = _check(files, root, cache, instead)
     if not missing:
         return
@@ -134,12 +144,18 @@ def cached(path: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
         build: makes the tensors.
     """
     seal = path.with_suffix(".sha256")
-    if path.exists() and seal.exists() and seal.read_text() == digest(path):
-        return torch.load(path, weights_only=True)
-    tensors = build()
-    _replace(path, lambda temporary: torch.save(tensors, temporary))
-    _replace(seal, lambda temporary: temporary.write_text(digest(path)))
-    return tensors
+
+    def is_whole() -> bool:
+        return path.exists() and seal.exists() and seal.read_text() == digest(path)
+
+    if not is_whole():
+        with _alone(path.parent):
+            if not is_whole():  # built by another process, meanwhile
+                tensors = build()
+                _replace(path, lambda temporary: torch.save(tensors, temporary))
+                _replace(seal, lambda temporary: temporary.write_text(digest(path)))
+                return tensors
+    return torch.load(path, weights_only=True)
 
 
 def _check(files: dict[str, str | tuple[str, ...]], root: Path, cache: Path, instead: str) -> list[str]:
@@ -181,11 +197,18 @@ def _stamps(path: Path) -> dict[str, list]:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file in one piece: processes that run side by side never read half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        write(Path(temporary))
+        write(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """One process at a time downloads or builds; the others wait, and find it done."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

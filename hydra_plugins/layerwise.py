@@ -26,9 +26,11 @@ class GoingOnSweeper(BasicSweeper):
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        jobs = [job for batch in self.split_arguments(overrides, None) for job in batch]
+        batches = self.split_arguments(overrides, self.max_batch_size)
+        jobs = [job for batch in batches for job in batch]
         self.validate_batch_is_legal(jobs)
-        failed = [(job, error) for job, error in zip(jobs, launch(self.launcher, jobs), strict=True) if error]
+        errors = [error for batch in batches for error in launch(self.launcher, batch)]
+        failed = [(job, error) for job, error in zip(jobs, errors, strict=True) if error]
         if failed:
             module = f"runners.{self.config.hydra.job.name}"
             raise SweepFailed([f"{error}\n    {command_of(module, job)}" for job, error in failed], len(jobs))

@@ -46,6 +46,7 @@ from runners.config import (
 )
 from runners.evaluation import set_mode
 from runners.provenance import provenance
+from runners.record import replace_file
 
 REFERENCE = "sgdm"
 # Tasks, with what each needs of the time, relatively.
@@ -53,7 +54,10 @@ WORKLOADS = {
     "autoencoder_mnist": 2, "autoencoder_curves": 1, "cnn_cifar10_resnet32": 5, "gcn_cora": 1, "cnn_cifar100_vgg16": 10,
 }  # fmt: skip
 SLOW_ON_CPU = ("cnn_cifar100_vgg16",)
-IMAGES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32)}
+IMAGES = {
+    "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32), "svhn": (3, 32, 32),
+    "imagenet": (3, 224, 224),
+}  # fmt: skip
 GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (19717, 44324, 50)}  # nodes, edges, words
 # Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus each of these.
 INTERVALS = {
@@ -262,8 +266,8 @@ def bench(cfg: DictConfig) -> Path:
     source = provenance(torch.device(cfg.device), cfg.threads)
     source |= source.pop("versions") | {"dtype": "float32", "seconds": round(time.monotonic() - began)}
     context = pd.DataFrame([source])
-    table.to_csv(folder / "bench.csv", index=False, float_format="%.6g")
-    context.to_csv(folder / "context.csv", index=False)
+    replace_file(folder / "bench.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
+    replace_file(folder / "context.csv", lambda file: context.to_csv(file, index=False))
     draw(table, folder, f"{source['device']}, CPU threads: {cfg.threads}; bars begin at 1, SGD-m's own")
     print(context.T.to_string(header=False))
     shown = [name for name in table if name not in ("kind", "seconds_q25", "seconds_q75", "period")]

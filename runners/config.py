@@ -75,15 +75,19 @@ def check_callables(cfg: DictConfig) -> None:
             raise ConfigError(f"{path} is {target}, which is no class or function of {', '.join(CALLABLE)}")
 
 
-def complete(cfg: DictConfig) -> DictConfig:
+def complete(cfg: DictConfig, here: bool = True) -> DictConfig:
     """A copy with budget, device and thread count made definite; references are left as they are.
+
+    Args:
+        cfg: composed config.
+        here: whether the device is to be one of this machine.
 
     Raises:
         ConfigError: as `resolve`.
     """
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     cfg.budget = _budget(cfg)
-    cfg.device = definite_device(str(cfg.device))
+    cfg.device = definite_device(str(cfg.device)) if here else cfg.device
     cfg.threads = definite_threads(cfg.threads)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # of torchrun
         cfg.ranks = int(os.environ["WORLD_SIZE"])

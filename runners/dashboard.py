@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from runners.command import command
 from runners.config import ConfigError
+from runners.record import write_json
 from runners.tracking import AXES
 
 TITLES = {"epoch": "epochs", "train_seconds": "training seconds", "gradient_equivalents": "gradient equivalents"}
@@ -111,7 +112,7 @@ def _libraries():
             from wandb_workspaces import expr
         except ImportError:
             raise ConfigError(
-                "W&B workspaces need the package wandb-workspaces; type pip install .[dashboard]"
+                "W&B workspaces need the package wandb-workspaces; type pip install -e .[dashboard]"
             ) from None
     return ws, wr, expr
 
@@ -132,8 +133,8 @@ def save(cfg: DictConfig) -> None:
         place = f"{entity}/{cfg.tracker.project}/{task}"
         known[place] = _replace(workspace, known.get(place))
         print(f"{task}: {known[place]}")
-    saved.parent.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(known, indent=1) + "\n")
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        write_json(saved, known)
 
 
 def _replace(workspace, address: str | None) -> str:

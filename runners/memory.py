@@ -2,7 +2,9 @@
 
 CUDA: the allocator's own peak over the training steps. CPU: the profiler's trace of allocations while the model and
 the optimizer are built anew and take two steps, so that parameters, gradients, state and activations are all in it;
-made before training, on throw-away copies, so that it costs two steps and changes no bit of the run.
+made before training, on throw-away copies, so that it costs two steps and changes no bit of the run. Work that a
+method does for the first time later is not in it (30 steps of the small autoencoder have 1.2 times Shampoo's peak, 1.3
+times SOAP's, 1.5 times GeN's, 1.6 times grafted Shampoo's; the layer-wise methods' is the same).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 
 
 class PeakMemory:
-    """The allocator's peak over marked stretches of a CUDA device; `bytes` stays None on the CPU.
+    """The allocator's peak over marked stretches of a CUDA device; on a CPU `bytes` is for a trace to set.
 
     Args:
         device: where training runs; what is allocated there now (the data set), or by the first product of matrices

@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 
 CODE = ("configs", "data", "hydra_plugins", "models", "optimizers", "runners")  # what a run's numbers come from
-PACKAGES = ("torch", "torchvision", "torch-geometric", "numpy", "scipy", "scikit-learn", "pytorch-optimizer")
+PACKAGES = (
+    "torch", "torchvision", "torch-geometric", "numpy", "scipy", "scikit-learn",
+    "pytorch-optimizer", "prodigyopt", "dadaptation", "schedulefree", "dog-optimizer",
+)  # fmt: skip
 
 
 def provenance(device: torch.device, threads: int) -> dict:
     """The `provenance` entry of a summary."""
     return {
-        **_code(),
+        **code(),
         "versions": _versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "driver": _driver() if device.type == "cuda" else None,
@@ -38,8 +41,11 @@ def anonymous(text: str) -> str:
 
 
 @functools.cache
-def _code() -> dict:
-    """The commit of the code in use and whether files of it differ from that; nulls outside a git checkout."""
+def code() -> dict:
+    """The commit of the code in use and whether files of it differ from that; nulls outside a git checkout.
+
+    What the first call finds stands for the process, which has loaded its code once.
+    """
 
     def git(*arguments: str) -> str | None:
         return _output("git", "-C", str(Path(__file__).resolve().parents[1]), *arguments)

@@ -21,6 +21,7 @@
     diverged_in             layer in which the first number was found that is not finite, or null where not known
     tuning                  {trials, selected: {field: value}, on_edge} of the search behind the settings, or null
     provenance              {commit, dirty, versions, device, driver, threads, created}; no host, user or path
+`error.txt`     of a failed run: where the error came from.
 `checkpoint.pt` the model's weights; tuning trials keep none. While running, in its place `checkpoint-<n>-<digest>.pt`:
                 everything to go on from, and the one before it. `.owner` is there as long as a process makes the run.
 

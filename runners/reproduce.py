@@ -17,13 +17,13 @@ from statistics import mean, stdev
 from omegaconf import DictConfig, OmegaConf
 
 from runners.command import command, describe
-from runners.config import CONFIGS, ConfigError
+from runners.config import CONFIGS
 from runners.estimate import Estimates, spoken
 from runners.progress import Progress
 from runners.record import replace_file
 from runners.sweep import Job, Sweep
 from runners.tracking import mirror
-from runners.tune import record_search, trials_of
+from runners.tune import outcome, record_search, trials_of
 
 
 class Plan:
@@ -39,11 +39,10 @@ class Plan:
 
     def expected(self) -> list[Job]:
         """A job for every run, to count and estimate by; before tuning, final runs have their first trial's values."""
-        finals = [
-            self.sweep.job(*pair, seed, jobs[0].values if jobs else {}, tuning={})
-            for pair, jobs in self.trials.items()
-            for seed in self.sweep.seeds(pair[0])
-        ]
+        finals = []
+        for pair, jobs in self.trials.items():
+            values = {} if not jobs else jobs[0].values if _missing(jobs) else outcome(jobs)["selected"]
+            finals += [self.sweep.job(*pair, seed, values, tuning={}) for seed in self.sweep.seeds(pair[0])]
         return self.all_trials() + finals
 
     def finals(self) -> tuple[list[Job], list[str]]:
@@ -51,16 +50,20 @@ class Plan:
         finals, failures = [], []
         for pair, jobs in self.trials.items():
             values, tuning = {}, None
+            if missing := _missing(jobs):
+                lack = f"{missing} of {len(jobs)} trials have no result, so its final runs wait for them"
+                failures.append(f"{pair[1]} on {pair[0]}: {lack}")
+                continue
             if jobs:
-                try:
-                    search = record_search(self.sweep, jobs)
-                except ConfigError as error:
-                    failures.append(str(error))
-                    continue
+                search = record_search(self.sweep, jobs)
                 values = search["selected"]
                 tuning = {"trials": len(jobs), "selected": values, "on_edge": search["on_edge"]}
             finals += [self.sweep.job(*pair, seed, values, tuning=tuning) for seed in self.sweep.seeds(pair[0])]
         return finals, failures
+
+
+def _missing(trials: list[Job]) -> int:
+    return sum(not trial.is_done() for trial in trials)
 
 
 def reproduce(cfg: DictConfig) -> None:

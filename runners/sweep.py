@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ from runners.command import describe
 from runners.config import CONFIGS, complete, definite_device, definite_threads, resolve, run_folder
 from runners.record import is_done, read_summary
 
+PLAIN = re.compile(r"[\w./:~+-]+")  # a value that Hydra's grammar takes as it is
+QUOTE = re.compile(r"(\\*)('|$)")  # in quotes, what has to be escaped: these, and backslashes before them
 ATTEMPTS = 2  # at launching jobs together, before each is launched by itself
 
 
@@ -80,16 +83,15 @@ class Sweep:
         self.folder = Path(cfg.results.root) / cfg.profile.name
         self.hydra = GlobalHydra.instance().hydra
         self.overrides = HydraConfig.get().overrides
-        device, threads = definite_device(str(cfg.device)), definite_threads(cfg.threads or cfg.profile.threads)
-        self.leaves_cores_idle = (
-            HydraConfig.get().runtime.choices.launcher == "local" and device == "cpu" and threads == 1
-        )
+        launcher = HydraConfig.get().runtime.choices.launcher
+        device, threads = _device(str(cfg.device), launcher), definite_threads(cfg.threads or cfg.profile.threads)
+        self.leaves_cores_idle = launcher == "local" and device == "cpu" and threads == 1
         # Definite here, so that a launcher's workers cannot resolve them differently.
         self.common = (
             *self.overrides.task,
             f"device={device}",
             f"threads={threads}",
-            f"results.root={self.folder / 'runs'}",
+            f"results.root={_text(self.folder / 'runs')}",
             "tracker=none",
             "progress=false",
         )
@@ -151,13 +153,27 @@ class Sweep:
             choices = (*choices, f"schedule={schedule}")
             cfg.schedule = OmegaConf.load(CONFIGS / "schedule" / f"{schedule}.yaml")
         del cfg["hydra"]
-        return choices, complete(cfg)
+        return choices, complete(cfg, here=False)  # which `common` has seen to
 
     def _compose(self, *overrides: str, mode: RunMode = RunMode.RUN) -> DictConfig:
         cfg = self.hydra.compose_config("config", list(overrides), run_mode=mode, with_log_configuration=False)
         OmegaConf.set_struct(cfg, False)
         OmegaConf.set_readonly(cfg, False)
         return cfg
+
+
+def _device(name: str, launcher: str) -> str:
+    """The device of every job; what a cluster's machines have is for them to say."""
+    elsewhere = launcher in ("slurm", "ray")
+    if elsewhere and name.partition(":")[0] == "cuda":
+        return name
+    device = definite_device(name)
+    if elsewhere and (name, device) == ("auto", "cpu"):
+        print(
+            "warning: device=auto is cpu on this machine, and so for every job; for GPUs type device=cuda",
+            file=sys.stderr,
+        )
+    return device
 
 
 def _side_by_side(overrides: Iterable[str]) -> tuple[str, ...]:
@@ -223,4 +239,6 @@ def _text(value) -> str:
     """A value in Hydra's override grammar."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Path) and not PLAIN.fullmatch(str(value)):
+        return "'" + QUOTE.sub(lambda found: found[1] * 2 + found[2].replace("'", "\\'"), str(value)) + "'"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from runners.command import command
+from runners.command import command, describe
 from runners.config import ConfigError
 from runners.record import COUNTERS, DONE, read_summary, read_table
 
@@ -51,13 +51,18 @@ def mirror(folders: Iterable[Path], tracker: DictConfig) -> int:
         return 0
     made = []
     try:
-        made = _write_logs([Path(folder) for folder in folders], tracker)
+        made, failed = _write_logs([Path(folder) for folder in folders], tracker)
+        if failed:
+            _warn(f"{len(failed)} runs not mirrored to W&B, first {failed[0]}")
         if tracker.mode == "online":
             upload(made)
     except Exception as error:  # the record is safe: whatever W&B says, the runs go on
-        reason = " ".join(str(error).split())[:200]
-        print(f"warning: not mirrored to W&B ({type(error).__name__}: {reason}); type make wandb-sync", file=sys.stderr)
+        _warn(f"not mirrored to W&B ({type(error).__name__}: {describe(error)[:200]})")
     return len(made)
+
+
+def _warn(what: str) -> None:
+    print(f"warning: {what}; type make wandb-sync", file=sys.stderr)
 
 
 def logs(root: Path) -> list[Path]:
@@ -107,23 +112,30 @@ def upload(logs: Sequence[Path]) -> None:
         raise ConfigError(f"{left} of {len(waiting)} runs not uploaded ({reason[:200]})")
 
 
-def _write_logs(folders: Sequence[Path], tracker: DictConfig) -> list[Path]:
-    """Logs of the finished records that have none; written in a folder of their own, so that half of one is none."""
+def _write_logs(folders: Sequence[Path], tracker: DictConfig) -> tuple[list[Path], list[str]]:
+    """Logs of the finished records that have none, and which of these failed and why.
+
+    They are written in a folder of their own, so that half of one is none.
+    """
     root = Path(tracker.dir)
     present = {_run_id(log) for log in logs(root)}
     todo = [(folder, summary) for folder in folders if (summary := read_summary(folder)).get("status") in DONE]
     todo = [(folder, summary) for folder, summary in todo if folder.name not in present]
     if not todo:
-        return []
+        return [], []
+    failed = {}
     (root / "wandb").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mirror-", dir=root / "wandb") as made:
         try:
             for folder, summary in todo:
-                _write_log(folder, summary, tracker, made)
+                try:
+                    _write_log(folder, summary, tracker, made)
+                except Exception as error:  # one damaged record is not in the others' way
+                    failed[folder.name] = f"{'/'.join(folder.parts[-3:])} ({describe(error)[:200]})"
         finally:
             _flush()
-        whole = logs(Path(made))
-        return [log.rename(root / "wandb" / log.name) for log in whole]
+        whole = [log for log in logs(Path(made)) if _run_id(log) not in failed]
+        return [log.rename(root / "wandb" / log.name) for log in whole], list(failed.values())
 
 
 def _flush() -> None:
@@ -208,11 +220,13 @@ def sync(cfg: DictConfig) -> None:
         raise ConfigError("tracker=none mirrors nothing; type tracker=wandb_offline")
     records = sorted(Path(cfg.results.root, cfg.profile.name, "runs").glob("*/*/*"))
     finals = [folder for folder in records if not read_summary(folder).get("holdout")]
-    mirror(finals, OmegaConf.merge(tracker, {"mode": "offline"}))
+    _, failed = _write_logs(finals, OmegaConf.merge(tracker, {"mode": "offline"}))
     found = logs(Path(tracker.dir))
     waiting = [log for log in found if not is_uploaded(log)]
     upload(found)
     print(f"{len(waiting)} runs uploaded, {len(found) - len(waiting)} had been before")
+    if failed:
+        raise ConfigError(f"{len(failed)} records could not be mirrored: {'; '.join(failed[:3])}")
 
 
 if __name__ == "__main__":

@@ -108,14 +108,19 @@ def select(jobs: Sequence[Job], spaces: dict[str, tuple[float, float]], metric: 
     }
 
 
+def outcome(jobs: Sequence[Job]) -> dict:
+    """`select`, by the spaces and the measure that the jobs' config states."""
+    task, search = jobs[0].config["task"], jobs[0].config["optimizer"]["search"]
+    return select(jobs, {field: search[field][task["family"]] for field in search}, **task["select"])
+
+
 def record_search(sweep: Sweep, jobs: Sequence[Job]) -> dict:
     """Select among finished trials and keep the whole search in `tuning/<task>/<optimizer>.json`."""
-    task, search = jobs[0].config["task"], jobs[0].config["optimizer"]["search"]
-    outcome = select(jobs, {field: search[field][task["family"]] for field in search}, **task["select"])
+    found = outcome(jobs)
     path = tuning_file(sweep, *jobs[0].pair)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, outcome)
-    return outcome
+    write_json(path, found)
+    return found
 
 
 def tuning_file(sweep: Sweep, task: str, optimizer: str) -> Path:
@@ -141,13 +146,15 @@ def tune(cfg: DictConfig) -> None:
     if not jobs:
         raise ConfigError(f"{optimizer} is not tuned: its config has no search")
     failures = sweep.launch(jobs, timed=False)
-    outcome = record_search(sweep, jobs)
-    for trial in outcome["trials"]:
-        print(trial["values"], trial["status"], outcome["metric"], trial["score"])
-    edge = " (on the edge of its space)" if outcome["on_edge"] else ""
-    print(f"selected {outcome['selected']}{edge}\n{tuning_file(sweep, task, optimizer)}")
+    for job, reason in failures:
+        print(f"failed: {job.name}: {reason}\n  {job.command}", file=sys.stderr)
+    found = record_search(sweep, jobs)
+    for trial in found["trials"]:
+        print(trial["values"], trial["status"], found["metric"], trial["score"])
+    edge = " (on the edge of its space)" if found["on_edge"] else ""
+    print(f"selected {found['selected']}{edge}\n{tuning_file(sweep, task, optimizer)}")
     if failures:
-        sys.exit("\n".join(f"failed: {job.name}: {reason}\n  {job.command}" for job, reason in failures))
+        sys.exit(f"error: {len(failures)} of {len(jobs)} trials failed; the same command tries them again")
 
 
 if __name__ == "__main__":

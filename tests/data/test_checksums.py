@@ -1,4 +1,6 @@
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -102,7 +104,23 @@ def test_generated_tensors_are_kept(tmp_path):
     made = cached(path, lambda: {"x": torch.arange(3)})
     kept = cached(path, unexpected)
     assert torch.equal(made["x"], kept["x"])
-    assert {p.name for p in path.parent.iterdir()} == {"tensors.pt", "tensors.sha256"}
+    assert {p.name for p in path.parent.iterdir()} == {"tensors.pt", "tensors.sha256", ".lock"}
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path):
+    built = []
+
+    def build():
+        built.append(1)
+        time.sleep(0.2)
+        return {"x": torch.arange(3)}
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: cached(tmp_path / "new" / "x.pt", build), range(4)))
+    assert len(built) == 1 and all(torch.equal(tensors["x"], torch.arange(3)) for tensors in made)
+    assert (tmp_path / "new" / "x.pt").stat().st_mode == (
+        tmp_path / "new" / ".lock"
+    ).stat().st_mode  # any user reads it
 
 
 def test_a_damaged_cache_is_built_anew(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from runners.record import read_summary, read_table
@@ -136,8 +138,36 @@ def test_reproduce_names_what_failed_and_how_to_try_again(call, tmp_path):
     )  # too large for a trial's training set
     error = call("runners.reproduce", *short, rc=1).stderr
     assert "error: 4 failed; the same command tries them again" in error
-    assert "tuning sgdm on cnn_digits: no trial has a result" in error
+    assert "sgdm on cnn_digits: 1 of 1 trials have no result, so its final runs wait for them" in error
     assert "python -m runners.train" in error
+
+
+def test_final_runs_wait_for_trials_and_a_plan_knows_what_they_selected(call, tmp_path):
+    root = tmp_path / "it's a, b (2)"
+    short = ["profile.tasks=[cnn_digits]", "profile.optimizers=[sgd]", "profile.seeds=1", "profile.trials=2"]
+    short += [
+        "budget.epochs=1",
+        "profile.study=[]",
+        "tracker=none",
+        "results.root='" + str(root).replace("'", "\\'") + "'",
+    ]
+    call("runners.reproduce", *short)
+    assert call("runners.reproduce", *short, "dry_run=true").stdout.splitlines()[-1].startswith("3 runs, 0 to be made")
+    records = {read_summary(path.parent)["holdout"]: path.parent for path in root.glob("quick/runs/*/*/*/summary.json")}
+    for folder in records.values():  # the final run and a trial are gone, and that trial cannot be made again
+        shutil.rmtree(folder)
+    records[True].write_text("in the way")
+    error = call("runners.reproduce", *short, rc=1).stderr
+    assert "sgd on cnn_digits: 1 of 2 trials have no result" in error
+    assert len(list(root.glob("quick/runs/*/*/*/summary.json"))) == 1
+
+
+def test_jobs_of_a_cluster_may_have_a_gpu_that_this_machine_has_not(call):
+    short = ("profile.tasks=[cnn_digits]", "profile.optimizers=[lw_sgdm]", "launcher=ray", "dry_run=true")
+    assert "3 runs" in call("runners.reproduce", *short, "device=cuda").stdout
+    said = call("runners.reproduce", *short, "device=auto").stderr
+    if not torch.cuda.is_available():
+        assert "warning: device=auto is cpu on this machine, and so for every job" in said
 
 
 def test_tune_selects_and_keeps_the_search(call, tmp_path):

@@ -89,9 +89,19 @@ def test_a_failure_of_the_tracker_is_a_warning_and_leaves_no_half_log(train, off
     with monkeypatch.context() as patch:
         patch.setattr(wandb.Run, "log", full)
         assert mirror([folder], offline) == 0
-    assert "warning: not mirrored to W&B (OSError: no space left); type make wandb-sync" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning: 1 runs not mirrored to W&B, first cnn_digits/" in said
+    assert "(no space left); type make wandb-sync" in said
     assert not list((tmp_path / "wandb").iterdir())
     assert mirror([folder], offline) == 1
+
+
+def test_a_damaged_record_is_not_in_the_others_way(train, offline, tmp_path, capsys):
+    whole, damaged = copies(train(*RUN), 2)
+    (damaged / "metrics.csv").write_text("step,epoch\n0,zero\n")
+    assert mirror([damaged, whole], offline) == 1
+    assert f"first cnn_digits/sgdm/{damaged.name}" in capsys.readouterr().err
+    assert [log.name.rpartition("-")[2] for log in tracking.logs(tmp_path)] == [whole.name]
 
 
 def test_online_the_server_has_config_history_and_summary(train, online, server, tmp_path):
