@@ -31,8 +31,8 @@ None of these is coded: **all are measured at once**, for any architecture. Rand
 ‖A‖_F²``, so a backward pass that starts from random signs at the outputs, and at every layer replaces what arrives by
 *fresh* random signs of the same mean square, arrives at layer ``l`` with mean square ``Π m_k``; fresh signs at a skip
 block's branch are independent of those beside it, so the two add up. From the same signs ``‖J_lᵀε‖²`` gives ``q_l``.
-Both are averaged over measurements, at the first ``every`` steps and then one in ``every``; one costs two thirds of a
-gradient.
+Both are averaged over measurements, at the first ``settling`` steps and then one in ``every``; one costs two thirds of
+a gradient.
 
 **Where the premise fails.** A multiple of the identity with the same trace has the *mean* eigenvalue; what a step of
 one rate survives is the *largest*. Inputs that are not centred put most of ``E āāᵀ``'s trace in one eigenvalue, and
@@ -50,6 +50,7 @@ symbol  argument          meaning
 ``lr``  ``lr``            1 moves outputs by their derivative, if layers moved alone
 ``β``   ``momentum``      rates multiply gradients as they enter the buffer
 –       ``every``         steps between measurements
+–       ``settling``      first steps, all of which are measured
 –       ``averaging``     weight of the past in ``Π m_k`` and ``1/q_l``
 ======  ================  ==========================================================
 """

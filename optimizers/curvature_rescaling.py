@@ -73,8 +73,8 @@ class CurvatureRescaling(LayeredOptimizer):
             if not self._averages:
                 curvature.check(u, c)
         for group in self.param_groups:  # the decay's own curvature
-            if group["weight_decay"]:
-                chosen = [u[p] for p in group["params"] if p in u]
+            chosen = [u[p] for p in group["params"] if p in u]
+            if chosen and group["weight_decay"]:
                 c = c + group["weight_decay"] * dot(chosen, chosen)
         step_size = self._step_size(dot(gradients.values(), u.values()), c, dot(u.values(), u.values()))
         for p, d in u.items():

@@ -58,6 +58,10 @@ class GeN(torch.optim.Optimizer):
         self.every, self.averaging = every, averaging
         self.param_groups[0]["taken"] = 0  # steps, where ``state_dict`` carries them
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: torch's keeps no settings."""
+        return super().__getstate__() | {"every": self.every, "averaging": self.averaging}
+
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached.

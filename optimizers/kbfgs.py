@@ -109,7 +109,7 @@ class KBFGS(LayeredOptimizer):
             TypeError: parameters of half precision.
         """
         self._find_blocks(closure)
-        random_state = RandomState(self._layers[0].parameters[0].device)
+        random_state = RandomState(self.first.device)
         trace, before, after = closure.trace(), _Means(self._blocks), _Means(self._blocks)
         for call in trace.calls:
             if call.layer in self._blocks:  # a hook that knew the output would hold it in a cycle

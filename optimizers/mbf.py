@@ -11,8 +11,10 @@ With ``g`` the minibatch's mean gradient at the true labels:
   and input ``c``;
 * fully connected layer and graph convolution: one block per neuron, of the weights that lead into it and its bias,
   averaged over the layer's neurons: ``F ← ρ F + (1 − ρ) (1/O) Σ_o g_o g_oᵀ``, ``(in + 1)²`` numbers in all;
-* all other parameters (biases of convolutions, BatchNorm): blocks of one number and, as in Adam, a square root,
-  ``F_j ← ρ F_j + (1 − ρ) g_j²``;
+* vectors (biases of convolutions, BatchNorm): blocks of one number and, as in Adam, a square root, ``F_j ← ρ F_j + (1 −
+  ρ) g_j²``;
+* parameters of other layers go by their shape: a matrix (an embedding) as a fully connected layer's, what has more
+  dimensions as a convolution's;
 
     M ← β M + g,      θ ← θ − α ((F + λI)⁻¹ M + w θ),      for blocks of one number (F + λ)^{−1/2} M.
 
@@ -63,7 +65,7 @@ class MBF(Kronecker):
         return (inverse @ tensor[..., None])[..., 0]
 
     def _exponent(self, block: Block) -> float:
-        return -0.5 if block.parameters[0].dim() == 1 else -1.0
+        return -0.5 if block.parameters[0].dim() <= 1 else -1.0
 
 
 class MBFOutgoing(MBF):

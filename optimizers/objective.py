@@ -55,8 +55,8 @@ class Objective:
         generator: draws the sampled labels; on the outputs' device. None: torch's global one.
         population: ``n``, the number of training examples that minibatches are drawn from; None: unlimited. With ``m =
             n`` gradients carry no sampling noise.
-        penalty: ``w_p`` of the parameters that have one. Every method sees its gradient, and those that measure
-            curvature its curvature; an optimizer's ``weight_decay`` is the optimizer's own affair.
+        penalty: ``w_p`` of the parameters that have one. Every method sees its gradient, the layer-wise ones and
+            curvature rescaling its curvature, too; an optimizer's ``weight_decay`` is the optimizer's own affair.
         max_norm: > 0, what the gradient's norm is clipped to; None: any. Curvature, and the slope that a layer-wise
             method compares it with, stay the loss's own.
 
@@ -270,9 +270,13 @@ class Minibatch:
         """Fill ``.grad`` from a trace; returns the mean loss, detached."""
         loss = self._traced_loss(trace)
         gradients = trace.gradients(loss, retain_graph=retain_graph)
+        taken = set()
         for layer, gradient in gradients.items():
             for p, g in zip(layer.parameters, gradient, strict=True):
-                p.grad = g
+                memory = g.untyped_storage().data_ptr()
+                # autograd may hand out one tensor twice (of a sum), or one number many times; clipping writes into it
+                p.grad = g.clone() if memory in taken or 0 in g.stride() else g
+                taken.add(memory)
         return self.finish(loss.detach())
 
     def visit_gradients(

@@ -44,10 +44,12 @@ class DataParallel(Objective):
 
     def __init__(self, model: nn.Module, *arguments, **settings) -> None:
         super().__init__(model, *arguments, **settings)
+        shared: dict[nn.Module, nn.Module] = {}  # a module may have several names
         for module in list(model.modules()):
-            for name, child in module.named_children():
+            for name, child in list(module._modules.items()):
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(module, name, SharedBatchNorm.of(child))
+                    shared.setdefault(child, SharedBatchNorm.of(child))
+                    setattr(module, name, shared[child])
 
     def __call__(self, inputs, targets: Tensor, rows: Tensor | None = None) -> Shard:
         """This rank's part of a minibatch; all ranks must have as many examples.

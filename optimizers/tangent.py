@@ -96,7 +96,9 @@ class Curvature:
         minibatch.count(2 * TANGENT + (FORWARD if self.recompute else 0))
         curved = minibatch.hessian_product(self._outputs, tangent) / minibatch.size
         self._terms.append(dot([curved], [tangent]))
-        self._terms += [w * dot([direction[p]], [direction[p]]) for p, w in minibatch.objective.penalty.items()]
+        self._terms += [
+            w * dot([direction[p]], [direction[p]]) for p, w in minibatch.objective.penalty.items() if p in direction
+        ]
         return torch.stack(self._terms).sum()
 
     def check(self, direction: dict[Tensor, Tensor], curvature: Tensor) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.likelihoods import Categorical
+from models.likelihoods import Categorical, Gaussian
 from optimizers import LWAdamW, LWSGDm, Objective
 from optimizers.accumulation import accumulate
 from optimizers.adahessian import AdaHessian
@@ -153,3 +153,29 @@ def test_work_in_parts_is_that_of_the_batch():
     objectives[0](x, y)()
     accumulate(objectives[1](*part) for part in zip(x.chunk(4), y.chunk(4), strict=True))()
     assert objectives[0].gradient_equivalents == objectives[1].gradient_equivalents == 1
+
+
+class Sums(nn.Module):
+    """Two parameters whose gradients are one tensor, and one whose gradient is one number many times."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.a, self.b, self.c = nn.Linear(5, 3), *(nn.Parameter(torch.zeros(3)) for _ in range(3))
+
+    def forward(self, x):
+        return self.w(x) + (self.a + self.b) + self.c.sum()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 0.1}])
+def test_gradients_that_share_memory_are_clipped_and_averaged_once(settings):
+    torch.manual_seed(0)
+    model, x, y = Sums(), torch.randn(8, 5), torch.randn(8, 3)
+    objective = Objective(model, Gaussian(), **settings)
+    loss = Gaussian().nll(model(x), y).mean()
+    true = dict(zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    norm = torch.stack([g.square().sum() for g in true.values()]).sum().sqrt()
+    scale = min(settings.get("max_norm", float("inf")) / norm, 1)
+    for minibatch in (objective(x, y), accumulate([objective(x[:4], y[:4]), objective(x[4:], y[4:])])):
+        minibatch.fill_gradients(minibatch.trace())
+        for p, g in true.items():
+            torch.testing.assert_close(p.grad, scale * g)

@@ -211,3 +211,14 @@ def test_a_derivative_that_torch_does_not_have_is_said_to_be_missing():
     minibatch = Objective(model, Categorical())(torch.randn(6, 4), torch.randint(3, (6,)))
     with pytest.raises(NotImplementedError, match=r"hardsigmoid_backward is not implemented\): take another optimizer"):
         RescaledSGD(model.parameters()).step(minibatch)
+
+
+def test_frozen_parameters_have_no_part_in_decay_and_penalty():
+    objective, x, y, _ = least_squares()
+    body, head = nn.Linear(5, 4, dtype=x.dtype), nn.Linear(4, 3, dtype=x.dtype)
+    body.requires_grad_(False)
+    objective = Objective(nn.Sequential(body, head), Gaussian(), penalty=dict.fromkeys(body.parameters(), 0.1))
+    optimizer = RescaledSGD([{"params": body.parameters(), "weight_decay": 0.1}, {"params": head.parameters()}], lr=1.0)
+    before = objective(x, y).evaluate()
+    optimizer.step(objective(x, y))
+    assert objective(x, y).evaluate() < before

@@ -1,5 +1,7 @@
 """GeN against closed forms: on a quadratic the parabola through three losses is exact."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,9 @@ def test_counts_a_forward_pass_for_each_loss():
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(ValueError, match="is impossible"):
         GeNSGD(cases.small_network().parameters(), **setting)
+
+
+def test_a_copy_keeps_its_settings():
+    *_, model = cases.least_squares()
+    copied = copy.deepcopy(GeNSGD(model.parameters(), every=3, averaging=0.5))
+    assert (copied.every, copied.averaging) == (3, 0.5)
