@@ -207,10 +207,10 @@ class KBFGS(LayeredOptimizer):
 
     def _average_a(self, state: dict, moment: Tensor, least: float) -> None:
         """Take a second moment into ``A`` with a weight of at least ``least``; one that is not finite is left out."""
-        state["updates"] = state.get("updates", 0) + 1
         a = state.setdefault("A", torch.zeros_like(moment))
         finite = moment.diagonal().isfinite().all()
-        a.lerp_(torch.where(finite, moment, a), max(least, 1 / state["updates"]))
+        state["updates"] = state.get("updates", a.new_zeros(())) + finite
+        a.lerp_(torch.where(finite, moment, a), (1 / state["updates"].clamp_min(1)).clamp_min(least))
 
     def _start_layer(self, block: Block, state: dict) -> None:
         """The layer's state before its first step, from its first ``A``."""

@@ -197,19 +197,23 @@ class Kronecker(LayeredOptimizer):
     # The recursion ----------------------------------------------------------------------------------------------------
 
     def _find_blocks(self, minibatch: Minibatch) -> bool:
-        """Whether there are other blocks than before, of which nothing is known."""
+        """Whether there are other blocks than before, of which nothing is known; ``members`` tells so after a load."""
         known = self._layers
         layers = self.find_layers(minibatch)
         if layers is known:
             return False
         check_precision(layers)
-        before = {block.parameters[0]: len(block.parameters) for block in self._blocks}
+        stepped, before = "step_count" in self.state[self.first], {block.parameters[0] for block in self._blocks}
         self._blocks = [block for layer in layers for block in self._blocks_of(layer)]
-        other = [block.parameters for block in self._blocks if before.get(block.parameters[0]) != len(block.parameters)]
-        for parameters in other:
-            if parameters[0] in before:
-                self.restart(parameters[0])
-        return bool(before and other)
+        unknown = False
+        for block in self._blocks:
+            first, members = block.parameters[0], len(block.parameters)
+            if self.state[first].get("members") != members:
+                self.restart(first)
+                self.state[first]["members"] = members
+                unknown = True
+            unknown |= bool(before) and first not in before
+        return stepped and unknown
 
     def _average(self, statistics: Statistics, least: float) -> None:
         """Take statistics into the factors' averages, with a weight of at least ``least``."""
@@ -218,11 +222,11 @@ class Kronecker(LayeredOptimizer):
             if "factors" not in state:
                 state["factors"] = [torch.zeros_like(factor) for factor in new]
                 state["faults"] = new[0].new_zeros(3)
-                state["updates"] = 0
-            state["updates"] += 1
-            weight = max(least, 1 / state["updates"])
+                state["updates"] = new[0].new_zeros(())  # those that were finite
             # factors are sums of outer products: what is not finite in one shows on its diagonal
             finite = torch.stack([_diagonal(factor).isfinite().all() for factor in new]).all()
+            state["updates"] = state["updates"] + finite
+            weight = (1 / state["updates"].clamp_min(1)).clamp_min(least)
             for factor, value in zip(state["factors"], new, strict=True):
                 factor.lerp_(torch.where(finite, value, factor), weight)
             state["faults"][0] += ~finite

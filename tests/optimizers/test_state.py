@@ -246,6 +246,23 @@ def test_parameters_may_be_frozen_and_unfrozen_on_the_way(name):
         assert moving(before, model) == trained_now[:1] + trained_now[2:]
 
 
+@pytest.mark.filterwarnings("ignore:layer .* takes the plain gradient")
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_layer_may_be_frozen_in_parts_then_whole_and_across_a_load(name):
+    """What was known of it had another width."""
+    model, optimizer, objective = trained(name)
+    for frozen in ([model[6].bias], [model[6]], []):
+        model.requires_grad_(True)
+        for part in frozen:
+            part.requires_grad_(False)
+        losses = [step(name, optimizer, objective(*cases.small_batch())) for _ in range(2)]
+        if frozen:
+            again = on_small_network(name, list(model.parameters()))
+            again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer = again
+        assert torch.stack(losses).isfinite().all()
+
+
 @pytest.mark.parametrize("name", LAYERED)
 def test_a_group_may_be_empty(name):
     model = cases.small_network()
