@@ -94,9 +94,6 @@ class BackMatching(LayeredOptimizer):
         settling: int = 10,
         averaging: float = 0.9,
     ) -> None:
-        check(lr >= 0, "lr", lr, "at least 0")
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
         check(every >= 1, "every", every, "at least 1")
         check(settling >= 0, "settling", settling, "at least 0")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")

@@ -51,8 +51,6 @@ class CurvatureRescaling(LayeredOptimizer):
 
     def __init__(self, params: Iterable, defaults: dict, averaging: float = 0.9, recompute: bool = False) -> None:
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
-        for name in ("lr", "weight_decay"):
-            check(defaults[name] >= 0, name, defaults[name], "at least 0")
         super().__init__(params, defaults)
         self.averaging, self.recompute = averaging, recompute
 
@@ -129,7 +127,6 @@ class RescaledSGD(CurvatureRescaling):
     def __init__(
         self, params: Iterable, lr: float = 1.0, momentum: float = 0.0, weight_decay: float = 0.0, **rescaling
     ) -> None:
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, **rescaling)
 
     def _direction(self, p: Tensor, gradient: Tensor) -> Tensor:
@@ -160,10 +157,9 @@ class RescaledAdam(CurvatureRescaling):
         weight_decay: float = 0.0,
         **rescaling,
     ) -> None:
-        betas = tuple(betas)
-        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
-        check(eps > 0, "eps", eps, "positive")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, **rescaling)
+        super().__init__(
+            params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, **rescaling
+        )
 
     def _direction(self, p: Tensor, gradient: Tensor) -> Tensor:
         (beta1, beta2), state = self.group(p)["betas"], self.state[p]

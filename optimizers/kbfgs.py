@@ -91,14 +91,14 @@ class KBFGS(LayeredOptimizer):
         weight_decay: float = 0.0,
         averaging: float = 0.9,
     ) -> None:
-        check(lr >= 0, "lr", lr, "at least 0")
-        check(0 < damping < 1, "damping", damping, "in (0, 1)")
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
         super().__init__(params, {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay})
         self.averaging = averaging
         self._blocks: dict[Layer, Block] = {}
+
+    def check_group(self, group: dict) -> None:
+        super().check_group(group)
+        check(0 < group["damping"] < 1, "damping", group["damping"], "in (0, 1)")
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:

@@ -111,10 +111,6 @@ class Kronecker(LayeredOptimizer):
         refresh_every: int = 20,
         refresh_early: bool = True,
     ) -> None:
-        check(lr >= 0, "lr", lr, "at least 0")
-        check(damping > 0, "damping", damping, "positive")
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
         check(update_every >= 1, "update_every", update_every, "at least 1")
         check(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
@@ -122,6 +118,10 @@ class Kronecker(LayeredOptimizer):
         self.averaging, self.update_every = averaging, update_every
         self.refresh_every, self.refresh_early = refresh_every, refresh_early
         self._blocks: list[Block] = []
+
+    def check_group(self, group: dict) -> None:
+        super().check_group(group)
+        check(group["damping"] > 0, "damping", group["damping"], "positive")
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:

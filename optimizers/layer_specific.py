@@ -43,8 +43,6 @@ class LayerSpecific(LayeredOptimizer):
     """The rates; a subclass defines the method by ``_move``."""
 
     def __init__(self, params: Iterable, defaults: dict) -> None:
-        for name in ("lr", "weight_decay"):
-            check(defaults[name] >= 0, name, defaults[name], "at least 0")
         super().__init__(params, defaults)
         self._multipliers: Tensor | None = None
 
@@ -92,9 +90,13 @@ class LayerSpecificSGD(LayerSpecific):
     def __init__(
         self, params: Iterable, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
     ) -> None:
-        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
-        check(momentum > 0 or not nesterov, "momentum", momentum, "positive with nesterov=True")
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay})
+
+    def check_group(self, group: dict) -> None:
+        super().check_group(group)
+        check(
+            group["momentum"] > 0 or not group["nesterov"], "momentum", group["momentum"], "positive with nesterov=True"
+        )
 
     def _move(self, p: Tensor, g: Tensor, rate: Tensor) -> None:
         group, step = self.group(p), rate * g
@@ -115,7 +117,6 @@ class LayerSpecificAdaGrad(LayerSpecific):
     """
 
     def __init__(self, params: Iterable, lr: float, eps: float = 1e-10, weight_decay: float = 0.0) -> None:
-        check(eps > 0, "eps", eps, "positive")
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def _move(self, p: Tensor, g: Tensor, rate: Tensor) -> None:

@@ -89,7 +89,13 @@ class LayeredOptimizer(torch.optim.Optimizer):
         self.check_group(self.param_groups[-1])
 
     def check_group(self, group: dict) -> None:
-        """Refuse a group's settings that are out of their range."""
+        """Refuse a group's settings that are out of their range: of those that have one meaning in all methods."""
+        for name in ("lr", "weight_decay"):
+            check(group[name] >= 0, name, group[name], "at least 0")
+        momentum, betas, eps = group.get("momentum", 0.0), group.get("betas", (0.0, 0.0)), group.get("eps", 1.0)
+        check(0 <= momentum < 1, "momentum", momentum, "in [0, 1)")
+        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
+        check(eps > 0, "eps", eps, "positive")
 
     @property
     def first(self) -> Tensor:

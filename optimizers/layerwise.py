@@ -274,8 +274,8 @@ class Layerwise(LayeredOptimizer):
         self.curvature = GaussNewton() if curvature is None else curvature
 
     def check_group(self, group: dict) -> None:
+        super().check_group(group)
         check(group["lr"] > 0, "lr", group["lr"], "positive, for it is sigma")
-        check(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
 
     @torch.no_grad()
     def step(self, closure: Minibatch) -> Tensor:

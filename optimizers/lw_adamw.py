@@ -7,7 +7,6 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import Tensor
 
-from optimizers.layered import check
 from optimizers.layerwise import Layerwise
 
 
@@ -54,12 +53,6 @@ class LWAdamW(Layerwise):
         search |= {"trust": trust, "own": own, "caution": caution, "warmup": warmup, "growth": growth, "brake": brake}
         search |= {"look_back": look_back}
         super().__init__(params, defaults, **search)
-
-    def check_group(self, group: dict) -> None:
-        super().check_group(group)
-        betas, eps = group["betas"], group["eps"]
-        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas", betas, "two numbers in [0, 1)")
-        check(eps > 0, "eps", eps, "positive")
 
     def _count(self) -> tuple[Hashable, dict[str, float]]:
         """Bias corrections, by age and group: of parameters that were frozen for a while they are others."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from optimizers.layered import check
 from optimizers.layerwise import Layerwise
 
 
@@ -53,10 +52,6 @@ class LWSGDm(Layerwise):
         search |= {"trust": trust, "joint_trust": joint_trust, "own": own}
         search |= {"caution": caution, "warmup": warmup, "growth": growth, "brake": brake, "look_back": look_back}
         super().__init__(params, defaults, **search)
-
-    def check_group(self, group: dict) -> None:
-        super().check_group(group)
-        check(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
 
     def _take_in(self, parameter: Tensor) -> None:
         self.buffer(parameter, "exp_avg").lerp_(parameter.grad, 1 - self.group(parameter)["momentum"])

@@ -280,3 +280,15 @@ def test_a_state_keeps_its_number_format_whatever_the_first_parameter_has(name):
     optimizer.state[groups[0]]["own"] = {"number": torch.tensor(1 + 2**-20), "count": 3}
     again.load_state_dict(optimizer.state_dict())
     assert again.state[groups[0]]["own"] == {"number": torch.tensor(1 + 2**-20), "count": 3}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize(
+    "setting",
+    [{"lr": -1.0}, {"weight_decay": -1.0}, {"momentum": 5.0}, {"betas": (2, 0)}, {"eps": -1.0}, {"damping": -1.0}],
+)
+def test_a_group_whose_setting_is_impossible_is_refused(name, setting):
+    optimizer = on_small_network(name, list(cases.small_network().parameters()))
+    if set(setting) <= set(optimizer.defaults):
+        with pytest.raises(ValueError, match="is impossible"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]} | setting)
