@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from runners import trainer
+from runners import assembly, trainer
 from runners.config import CONFIGS, ConfigError, resolve
 from runners.record import read_summary
 
@@ -101,7 +101,8 @@ def test_streams_of_randomness_are_independent(train, tmp_path, monkeypatch):
         return seeds(seed + (name == changed), name)
 
     monkeypatch.setattr(trainer.Trainer, "_open_epoch", open_epoch)
-    monkeypatch.setattr(trainer, "stream_seed", derived)
+    for module in (assembly, trainer):
+        monkeypatch.setattr(module, "stream_seed", derived)
     streams = ("init", "dropout", "order", "augmentation", "labels")
     for changed in (None, *streams):
         train(*DIGITS, f"results.root={tmp_path}/{changed}")
