@@ -103,26 +103,18 @@ def ensure(dataset: str, root: Path, cache: Path, *, download: Callable[[], obje
     Raises:
         DataError: if a file is damaged, or missing and not to be had.
     """
-    files = CHECKSUMS[dataset]
-    if all((root / name).is_file() for name in files) and not _check(files, root, cache, instead):
-        return
-    with _alone(cache):
-        _download(dataset, root, cache, download, instead)
-
-
-def _download(dataset: str, root: Path, cache: Path, download: Callable[[], object], instead: str) -> None:
-    files = CHECKSUMS[dataset]
-    missing = _check(files, root, cache, instead)
-    if not missing:
-        return
-    reason = "downloads are incomplete"
-    try:
-        download()
+    files, reason = CHECKSUMS[dataset], "downloads are incomplete"
+    with _alone(cache):  # what another process is still downloading is not damaged
         missing = _check(files, root, cache, instead)
-    except DataError:
-        raise
-    except Exception as error:  # whatever the library and the network answer: the user needs the same advice
-        reason = f"the download failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not missing:
+            return
+        try:
+            download()
+            missing = _check(files, root, cache, instead)
+        except DataError:
+            raise
+        except Exception as error:  # whatever the library and the network answer: the user needs the same advice
+            reason = f"the download failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if missing:
         raise DataError(
             f"{dataset}: no file {missing[0]} in {root} ({reason}); put it there, name a folder that has it with "
@@ -207,8 +199,9 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _alone(cache: Path) -> Iterator[None]:
-    """One process at a time downloads or builds; the others wait, and find it done."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One process at a time checks, downloads or builds; the others wait, and find it done."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # a cache that is only read has nothing to be guarded
+            cache.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((cache / ".lock").open("w")), fcntl.LOCK_EX)
         yield

@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,6 +59,24 @@ def test_lost_notes_of_earlier_checks_cost_a_check(known, text):
     (cache / "checksums.json").write_text(text)
     check(root, cache)
     assert str(root / "a") in (cache / "checksums.json").read_text()
+
+
+def test_what_another_process_is_still_downloading_is_waited_for(known):
+    root, cache = known
+    (root / "b").unlink()
+    begun = threading.Event()
+
+    def download():
+        (root / "b").write_bytes(b"sec")
+        begun.set()
+        time.sleep(0.3)
+        (root / "b").write_bytes(b"second")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(check, root, cache, download)
+        begun.wait()
+        check(root, cache)
+        other.result()
 
 
 def test_missing_files_are_downloaded_and_checked(known):
