@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from analysis.records import Records
-from analysis.verdicts import Claim, NotTestedError, Verdict, all_hold, found, guarded, runs_of, tasks_of
+from analysis.verdicts import Claim, NotTestedError, Verdict, all_hold, guarded, runs_of, tasks_of, testable
 
 ABOUT = 0.15  # what "about" allows
 COSTS = {"seconds_per_step": "time_ratio", "peak_memory_bytes": "memory_ratio"}  # a record's column, the benchmark's
@@ -39,8 +39,8 @@ def _cost_rows(records: Records, claim: Claim, *columns: str) -> tuple[list[dict
 
     workloads = [(device, name) for device, table in records.benches.items() for name in table.workload.unique()]
     steps = [(*workload, *pair) for workload in workloads for pair in claim.pairs]
-    rows, missing = found([(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs], of_runs)
-    timed, untimed = found(steps, lambda *step: _bench_row(records, *step, columns))
+    rows, missing = testable([(task, *pair) for task in tasks_of(records, claim) for pair in claim.pairs], of_runs)
+    timed, untimed = testable(steps, lambda *step: _bench_row(records, *step, columns))
     if not rows and not timed:
         raise NotTestedError(f"{missing}, and there is no benchmark (make bench)")
     where = " of the runs and the benchmark" if rows and timed else " of the benchmark" if timed else ""

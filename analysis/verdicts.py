@@ -79,6 +79,7 @@ def runs_of(records: Records, task: str, optimizer: str, alone: bool = False) ->
 
 
 def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
+    """The verdict, or *not tested* where something is missing."""
     try:
         return judge()
     except NotTestedError as missing:
@@ -87,13 +88,13 @@ def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
 
 def each(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
     """A row of every case that can be tested, at least one, and what the first of the others lacks."""
-    rows, missing = found(cases, row)
+    rows, missing = testable(cases, row)
     if not rows:
         raise NotTestedError(missing)
     return rows, missing
 
 
-def found(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
+def testable(cases: Iterable[tuple], row: Callable[..., dict]) -> tuple[list[dict], str]:
     """A row of every case that can be tested, and what the first of the others lacks."""
     rows, missing = [], ""
     for case in cases:

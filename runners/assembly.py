@@ -20,6 +20,7 @@ from runners.config import ConfigError, stream_seed
 from runners.divergence import refuse_not_finite
 from runners.evaluation import set_mode
 from runners.memory import PeakMemory, keep_freed_memory, traced_peak
+from runners.provenance import code
 
 HOLDOUT = 0.1  # of the training set, in tuning
 
@@ -36,6 +37,7 @@ class Assembly:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
+        code()  # asked for now: a checkout may move on while a run lasts
         self.device = torch.device(cfg.device)
         torch.set_num_threads(cfg.threads)
         keep_freed_memory()

@@ -41,7 +41,9 @@ class Plan:
         """A job for every run, to count and estimate by; before tuning, final runs have their first trial's values."""
         finals = []
         for pair, jobs in self.trials.items():
-            values = {} if not jobs else jobs[0].values if _missing(jobs) else outcome(jobs)["selected"]
+            values = {}
+            if jobs:
+                values = jobs[0].values if _missing(jobs) else outcome(jobs)["selected"]
             finals += [self.sweep.job(*pair, seed, values, tuning={}) for seed in self.sweep.seeds(pair[0])]
         return self.all_trials() + finals
 

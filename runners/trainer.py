@@ -24,7 +24,7 @@ from runners.clock import Clock
 from runners.config import ConfigError, check_callables, check_writable, run_folder, stream_seed
 from runners.divergence import NotFinite, first_layer
 from runners.evaluation import measure, set_mode
-from runners.provenance import anonymous, code, provenance
+from runners.provenance import anonymous, provenance
 from runners.signals import Interrupted, StopSignals, end_with_parent
 
 CHECKPOINT_EVERY = 30.0  # seconds: the most work that a kill costs ...
@@ -75,7 +75,6 @@ class Trainer(Assembly):
     """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        code()  # asked for now: a checkout may move on while the run lasts
         super().__init__(cfg)
         self.folder = folder
         self.scheduler = instantiate(cfg.schedule, self.optimizer) if cfg.schedule._target_ else None
