@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from data.files import replace_file
 
 # Files of each data set relative to `data.root`, with their md5 (32 hex digits) or sha256 (64) digests;
 # a tuple where more than one copy is known.
@@ -143,9 +144,10 @@ def cached(path: Path, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     if not is_whole():
         with _alone(path.parent):
             if not is_whole():  # built by another process, meanwhile
-                tensors = build()
-                _replace(path, lambda temporary: torch.save(tensors, temporary))
-                _replace(seal, lambda temporary: temporary.write_text(digest(path)))
+                tensors, content = build(), io.BytesIO()
+                torch.save(tensors, content)  # in memory: on a full disk torch does not say what is wrong
+                replace_file(path, lambda file: file.write_bytes(content.getbuffer()))
+                replace_file(seal, lambda file: file.write_text(digest(path)))
                 return tensors
     return torch.load(path, weights_only=True)
 
@@ -173,7 +175,7 @@ def _check(files: dict[str, str | tuple[str, ...]], root: Path, cache: Path, ins
             )
         fresh[str(path)] = stamp
     if fresh:
-        _replace(stamps_path, lambda temporary: temporary.write_text(json.dumps(stamps | fresh)))
+        replace_file(stamps_path, lambda file: file.write_text(json.dumps(stamps | fresh)))
     return missing
 
 
@@ -184,17 +186,6 @@ def _stamps(path: Path) -> dict[str, list]:
     except (FileNotFoundError, ValueError):
         return {}
     return stamps if isinstance(stamps, dict) else {}
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file in one piece: processes that run side by side never read half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from data.batches import Dataset, Split
+from data.files import replace_file
 from data.graphs import normalised_adjacency, sparse
 from optimizers.cuda_graphs import WARM
 from runners.assembly import Assembly
@@ -46,7 +47,6 @@ from runners.config import (
 )
 from runners.evaluation import set_mode
 from runners.provenance import provenance
-from runners.record import replace_file
 
 REFERENCE = "sgdm"
 # Tasks, with what each needs of the time, relatively.

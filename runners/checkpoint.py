@@ -15,8 +15,8 @@ from pathlib import Path
 import hydra.utils
 import torch
 
+from data.files import replace_file
 from runners.config import CALLABLE, ConfigError
-from runners.record import replace_file
 
 WEIGHTS = "checkpoint.pt"  # of a run that has ended
 

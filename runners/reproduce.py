@@ -16,11 +16,11 @@ from statistics import mean, stdev
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.files import replace_file
 from runners.command import command, describe
 from runners.config import CONFIGS
 from runners.estimate import Estimates, spoken
 from runners.progress import Progress
-from runners.record import replace_file
 from runners.sweep import Job, Sweep
 from runners.tracking import mirror
 from runners.tune import outcome, record_search, trials_of

@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from data.files import replace_file
 from models.likelihoods import Categorical, Gaussian
 from optimizers import LWSGDm, Objective, curvature
 from optimizers.objective import Minibatch
@@ -36,7 +37,6 @@ from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Trace
 from runners.assembly import Assembly
 from runners.config import resolve
-from runners.record import replace_file
 
 LAYERS, EXAMPLES, CLASSES, PENALTY, NEWTON = 3, 200, 3, 0.01, 8
 ESTIMATORS = {

@@ -165,7 +165,7 @@ class Sweep:
 def _device(name: str, launcher: str) -> str:
     """The device of every job; what a cluster's machines have is for them to say."""
     elsewhere = launcher in ("slurm", "ray")
-    if elsewhere and name.partition(":")[0] == "cuda":
+    if elsewhere and re.fullmatch(r"cuda(:\d+)?", name):
         return name
     device = definite_device(name)
     if elsewhere and (name, device) == ("auto", "cpu"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batches import Batch, Split
+from data.files import replace_file
 from runners import checkpoint, record
 from runners.assembly import Assembly
 from runners.claim import claim
@@ -104,7 +105,7 @@ class Trainer(Assembly):
                 "remove them, or put them back where they belong"
             )
         (self.folder / "error.txt").unlink(missing_ok=True)
-        record.replace_file(self.folder / "config.yaml", self._save_config)
+        replace_file(self.folder / "config.yaml", self._save_config)
         status, message = "interrupted", None
         try:
             with self._progress() as self.bar:
@@ -125,7 +126,7 @@ class Trainer(Assembly):
             status, message = "failed", anonymous(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             details = anonymous(traceback.format_exc())
             with contextlib.suppress(OSError):  # a full disk, most likely: the error itself says so
-                record.replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
+                replace_file(self.folder / "error.txt", lambda file: file.write_text(details))
             raise RunFailed(f"{message} (details: {self.folder / 'error.txt'})") from error
         finally:
             self._write(status, message)

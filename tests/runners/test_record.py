@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from data.files import replace_file
 from runners import record
 from runners.memory import traced_peak
 
@@ -16,7 +17,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        record.replace_file(path, torn)
+        replace_file(path, torn)
     assert json.loads(path.read_text()) == {"status": "finished"}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
@@ -67,4 +68,4 @@ def test_a_disk_that_fills_is_named_with_the_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.csv'"):
-        record.replace_file(tmp_path / "metrics.csv", write)
+        replace_file(tmp_path / "metrics.csv", write)
