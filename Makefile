@@ -32,16 +32,16 @@ test-cluster: setup  ## Sweeps on a real Slurm and a real Ray on this machine, w
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-cluster.lock
 	OMP_NUM_THREADS=1 CLUSTER=1 $(BIN)/python -m pytest -q tests/cluster $(ARGS)
 
-reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|unseen|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib|slurm|ray)
+reproduce-paper: setup  ## Tune, train and analyse a profile (PROFILE=quick|unseen|drawn|cpu|paper, DRY_RUN=1, LAUNCHER=local|joblib|slurm|ray)
 	@$(BIN)/python -m runners.reproduce profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
 
-figure: setup  ## Make what one figure of docs/figures.md needs, and draw it (N=1..11, PROFILE=quick|unseen|cpu|paper)
+figure: setup  ## Make what one figure of docs/figures.md needs, and draw it (N=1..11, PROFILE=quick|unseen|drawn|cpu|paper)
 	@$(BIN)/python -m runners.reproduce experiment=figure_$(N) profile=$(PROFILE) launcher=$(LAUNCHER) $(if $(filter-out 0,$(DRY_RUN)),dry_run=true) $(ARGS)
 
-report: setup  ## Make the report of a profile's records again, of the committed ones where there are no others (PROFILE=quick|unseen|cpu|paper)
+report: setup  ## Make the report of a profile's records again, of the committed ones where there are no others (PROFILE=quick|unseen|drawn|cpu|paper)
 	@$(BIN)/python -m analysis.report $(firstword $(wildcard results/$(PROFILE)/runs/.. results/reference/$(PROFILE)) results/$(PROFILE))
 
-reference: setup  ## Keep a profile's records and report in results/reference, to be committed (PROFILE=quick|unseen|cpu|paper)
+reference: setup  ## Keep a profile's records and report in results/reference, to be committed (PROFILE=quick|unseen|drawn|cpu|paper)
 	@$(BIN)/python -m analysis.reference results/$(PROFILE) results/reference/$(PROFILE)
 
 bench: setup  ## Time and memory of every method's step beside SGD-m's (ARGS='workloads=[gcn_cora] seconds=60')

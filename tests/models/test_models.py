@@ -52,9 +52,25 @@ cases = pytest.mark.parametrize(
         (build(LeNet, 10), (torch.rand(3, 1, 28, 28),), (3, 10)),
         (build(ConvNet, [16, 32], 10, 1, 8), (torch.rand(3, 1, 8, 8),), (3, 10)),
         (build(ConvNet, [4, 8, 8], 10, 1, 7), (torch.rand(3, 1, 7, 7),), (3, 10)),
+        (build(Autoencoder, [784, 8, 6], "tanh", "layer"), (torch.rand(3, 784),), (3, 784)),
+        (build(ConvNet, [8, 8], 10, 1, 7, "gelu", "group"), (torch.rand(3, 1, 7, 7),), (3, 10)),
+        (build(ConvNet, [8, 8], 10, 1, 7, "silu", None), (torch.rand(3, 1, 7, 7),), (3, 10)),
         (build(GCN, 7, 16, 5), (FEATURES, ADJACENCY), (6, 5)),
     ],
-    ids=["autoencoder", "resnet8", "resnet32", "vgg11", "vgg16bn", "lenet", "convnet", "convnet3", "gcn"],
+    ids=[
+        "autoencoder",
+        "resnet8",
+        "resnet32",
+        "vgg11",
+        "vgg16bn",
+        "lenet",
+        "convnet",
+        "convnet3",
+        "autoencoder_ln",
+        "convnet_gn",
+        "convnet_plain",
+        "gcn",
+    ],
 )
 
 
@@ -87,6 +103,23 @@ def test_autoencoder_mirrors_its_encoder(sizes, parameters):
 def test_autoencoders_code_and_output_are_linear():
     kinds = [type(m).__name__ for m in build(Autoencoder, [8, 4, 2])]
     assert kinds == ["Linear", "ReLU", "Linear", "Linear", "ReLU", "Linear"]
+
+
+def test_layers_are_normalised_where_that_is_asked_for_and_have_biases_where_not():
+    kinds = [type(m).__name__ for m in build(Autoencoder, [8, 4, 2], "gelu", "batch")]
+    assert kinds == ["Linear", "BatchNorm1d", "GELU", "Linear", "Linear", "BatchNorm1d", "GELU", "Linear"]
+    assert [m.bias is None for m in of_kind(build(ConvNet, [8, 8], 10, 1, 8), nn.Conv2d)] == [True, True]
+    assert [m.bias is None for m in of_kind(build(ConvNet, [8, 8], 10, 1, 8, "relu", None), nn.Conv2d)] == [
+        False,
+        False,
+    ]
+
+
+def test_what_parts_there_are_is_said():
+    with pytest.raises(ValueError, match="no activation 'swish'; there are relu, tanh, gelu, silu"):
+        Autoencoder([8, 4], "swish")
+    with pytest.raises(ValueError, match="no normalisation 'layer'; there are null, batch, group"):
+        ConvNet([8], 10, 1, 8, "relu", "layer")
 
 
 def test_resnet32_is_he_et_als():
