@@ -8,11 +8,12 @@ steps would leave the others no time is left out, with the reason.
 
 A method's steps are not all alike: statistics are gathered and factors refreshed at intervals. Steps are therefore
 sorted by kind (which of the method's intervals they end), and time per step is the mean of the kinds' medians, weighted
-by how often each occurs. A kind that no step was left for is represented by the first step, where all work is done.
-What a method does more often at its start is left out (`steady`): of thousands of steps that is nothing.
+by how often each occurs. A kind that no step was left for is represented by the first step, where all work is done; the
+few methods whose rare work comes later (`LATE`) go on, beside SGD-m, until they have done it. What a method does more
+often at its start is left out (`steady`): of thousands of steps that is nothing.
 
-Writes `<results.root>/bench/<device>/`, with `cuda_graphs` `<device>_graphs/`: `bench.csv`, `context.csv` (one row),
-`bench.pdf` and `bench.png`.
+Writes `<results.root>/bench/<device>/`, with `cuda_graphs` `<device>_graphs/`: `bench.csv`, `context.csv`, `bench.pdf`
+and `bench.png`. Workloads that were measured before and are not now stay; `context.csv` has a row for each time.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ GRAPHS = {"Cora": (2708, 5278, 18), "CiteSeer": (3327, 4552, 32), "PubMed": (197
 # Settings that count steps between rare work, and which steps do it: 0, every, 2 every, … plus each of these.
 INTERVALS = {
     "every": [0], "correct_every": [0, 1], "update_every": [0], "refresh_every": [0], "precondition_frequency": [0],
-    "preconditioning_compute_steps": [-1], "statistics_compute_steps": [-1],
+    "preconditioning_compute_steps": [-1], "statistics_compute_steps": [-1], "update_period": [0],
 }  # fmt: skip
+LATE = ("gen_sgdm", "gen_adamw", "shampoo_grafted")  # do nothing rare in their first step
 UNTIL_CAPTURED = WARM + 2  # times that each kind of step is taken, the first ones being of other kinds
 TURN = 0.05  # seconds of a turn of short steps
 PATIENCE = 0.25  # of a workload's time, for a method's first two steps: the others need some too
@@ -124,6 +126,11 @@ class Contender(Assembly):
             "memory_ratio": self.memory.bytes / reference.memory.bytes, "steps": len(later), "period": self.period,
             "waited": steps.waited.sum() / (steps.waited + steps.seconds).sum(), "refused": "",
         }  # fmt: skip
+
+    def is_owed_steps(self) -> bool:
+        """Whether there is a kind of steps that it has not come to and its first step does not stand for."""
+        seen = {self._kind(step) for step in range(1, len(self.samples))}
+        return self.name.split()[0] in LATE and any(self._kind(step) not in seen for step in range(self.period))
 
     def mean(self, values: pd.Series) -> float:
         """The mean over steps of all kinds: each kind's median, weighted by how often it occurs."""
@@ -207,8 +214,8 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
         except Exception as error:
             refused[entry] = describe(error)
     turn = 0
-    while contenders and (turn < 2 or time.monotonic() < until):
-        for contender in list(contenders):
+    while on_turn := [c for c in contenders if turn < 2 or time.monotonic() < until or c.is_owed_steps()]:
+        for contender in dict.fromkeys((contenders[0], *on_turn)):
             try:
                 contender.samples += [contender.sample(turn) for _ in range(contender.steps_per_turn)]
             except Exception as error:
@@ -219,6 +226,23 @@ def compare(task: str, cfg: DictConfig, until: float) -> list[dict]:
         raise ConfigError(f"{REFERENCE} does not run on {task}: {refused[REFERENCE]}")
     rows = [{"workload": task, **contender.row(contenders[0])} for contender in contenders]
     return rows + [{"workload": task, "optimizer": name, "refused": why} for name, why in refused.items()]
+
+
+def earlier(folder: Path, workloads: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `folder` holds of other workloads than these: table and context, empty where there is nothing.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not (folder / "bench.csv").exists():
+        return pd.DataFrame(), pd.DataFrame()
+    try:
+        table, context = pd.read_csv(folder / "bench.csv"), pd.read_csv(folder / "context.csv")
+        table = table[~table.workload.isin(workloads)]
+        left = [" ".join(set(of.split()) & set(table.workload)) for of in context.workloads]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder} has an earlier benchmark that cannot be read, {error}: move it away") from error
+    return table, context.assign(workloads=left)[[words != "" for words in left]]
 
 
 def draw(table: pd.DataFrame, folder: Path, words: str) -> None:
@@ -256,20 +280,21 @@ def bench(cfg: DictConfig) -> Path:
     check_cuda_graphs(cfg.cuda_graphs, cfg.device)
     folder = Path(cfg.results.root) / "bench" / (cfg.device.partition(":")[0] + ("_graphs" if cfg.cuda_graphs else ""))
     check_writable(folder)
+    kept = earlier(folder, tasks)
     # on a GPU it is not the steps that take the time, but what comes before them
     shares = [WORKLOADS.get(task, 1) if cfg.device == "cpu" else 1 for task in tasks]
     rows = []
     for number, task in enumerate(tasks, start=1):
         print(f"{task} …", file=sys.stderr, flush=True)
         rows += compare(task, cfg, began + cfg.seconds * sum(shares[:number]) / sum(shares))
-    table = pd.DataFrame(rows)
     source = provenance(torch.device(cfg.device), cfg.threads)
     source |= source.pop("versions") | {"dtype": "float32", "seconds": round(time.monotonic() - began)}
-    context = pd.DataFrame([source])
+    source["workloads"] = " ".join(tasks)
+    table, context = pd.concat([kept[0], pd.DataFrame(rows)]), pd.concat([kept[1], pd.DataFrame([source])])
     replace_file(folder / "bench.csv", lambda file: table.to_csv(file, index=False, float_format="%.6g"))
     replace_file(folder / "context.csv", lambda file: context.to_csv(file, index=False))
     draw(table, folder, f"{source['device']}, CPU threads: {cfg.threads}; bars begin at 1, SGD-m's own")
-    print(context.T.to_string(header=False))
+    print(context[-1:].T.to_string(header=False))
     shown = [name for name in table if name not in ("kind", "seconds_q25", "seconds_q75", "period")]
     print(table[shown].to_string(index=False, float_format="{:.3g}".format, na_rep=""))
     return folder

@@ -5,8 +5,8 @@ import sys
 import pandas as pd
 import pytest
 
-from runners.bench import Contender, draw, stand_in
-from runners.config import CONFIGS
+from runners.bench import Contender, draw, earlier, stand_in
+from runners.config import CONFIGS, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,7 @@ def test_context_is_one_row(tables):
     _, context = tables
     assert len(context) == 1
     assert {"device", "threads", "torch", "python", "dtype"} <= set(context.columns)
+    assert context.workloads.tolist() == ["cnn_digits"]
 
 
 def test_an_unknown_optimizer_is_told_in_one_line(tmp_path):
@@ -90,6 +91,32 @@ def test_kinds_of_steps_are_weighted_by_how_often_they_are():
     costs = pd.Series([9.0, 1.0, 3.0, 1.0, 7.0, 1.0])
     assert contender.mean(costs) == (7 + 1 + 3 + 1) / 4
     assert contender.mean(costs[:4]) == (9 + 1 + 3 + 1) / 4  # no later step of the rarest kind: the first
+
+
+def test_a_method_whose_rare_work_comes_late_goes_on_until_it_was_seen():
+    contender = object.__new__(Contender)
+    contender.intervals, contender.period, contender.name = [(4, 0)], 4, "gen_sgdm every=4"
+    owed = []
+    for steps in range(1, 7):
+        contender.samples = [{}] * steps
+        owed.append(contender.is_owed_steps())
+    assert owed == [True, True, True, True, False, False]  # the first step is not counted, the fifth is like it
+    contender.name, contender.samples = "lw_sgdm every=4", [{}]
+    assert not contender.is_owed_steps()
+
+
+def test_other_workloads_of_an_earlier_benchmark_stay(tmp_path):
+    pd.DataFrame({"workload": ["a", "a", "b", "c"], "seconds": 1.0}).to_csv(tmp_path / "bench.csv")
+    pd.DataFrame({"torch": ["1", "2"], "workloads": ["a b", "c"]}).to_csv(tmp_path / "context.csv")
+    table, context = earlier(tmp_path, ["a"])
+    assert table.workload.tolist() == ["b", "c"]
+    assert context.workloads.tolist() == ["b", "c"]
+    table, context = earlier(tmp_path, ["b", "a", "d"])
+    assert (table.workload.tolist(), context.torch.tolist()) == (["c"], [2])
+    assert all(part.empty for part in earlier(tmp_path / "none", ["a"]))
+    (tmp_path / "bench.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"earlier benchmark that cannot be read, .*: move it away"):
+        earlier(tmp_path, ["a"])
 
 
 @pytest.mark.parametrize("methods", [["sgdm"], ["sgdm", "lw_sgdm every=10"]])
