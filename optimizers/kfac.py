@@ -28,7 +28,8 @@ propagate together has the right second moment. Rows that no label reaches (``δ
 that, ``G ⊗ A`` is exact for a last layer whose output curvature is the same at all labelled nodes.
 
 BatchNorm and its like take the plain gradient; so does every layer that is not fully connected (``nn.Linear``), a
-two-dimensional convolution with one group, or a ``GCNConv``, and a warning names it.
+two-dimensional convolution with one group, or a ``GCNConv``, or shares parameters with another module, and a warning
+names it.
 
 ``lr`` ``α``, ``damping`` ``λ``, ``momentum`` ``β``, ``weight_decay`` ``w``; averages and frequencies as in
 ``optimizers.kronecker``, whose text also tells of the first pass over the data.
@@ -91,7 +92,7 @@ class KFAC(Kronecker):
 
 
 def is_factored(layer: Layer) -> bool:
-    """Whether a layer's block has a Kronecker form here: Linear, Conv2d without groups, GCNConv."""
+    """Whether a layer's block has a Kronecker form here: Linear, Conv2d without groups, GCNConv; none that is tied."""
     module = layer.module
     if layer.elsewhere:
         return False
@@ -107,8 +108,8 @@ def warn_of_plain_gradient(optimizer: torch.optim.Optimizer, layer: Layer) -> No
     if not is_factored(layer) and not isinstance(layer, NormalisationLayer):
         warnings.warn(
             f"layer '{layer.name}' ({type(layer.module).__name__}) takes the plain gradient: "
-            f"{type(optimizer).__name__} has factors for Linear, Conv2d with one group and GCNConv; "
-            "Shampoo, TNT and MBF precondition any layer",
+            f"{type(optimizer).__name__} has factors for Linear, Conv2d with one group and GCNConv, "
+            "if no other module has their parameters; Shampoo, TNT and MBF precondition any layer",
             stacklevel=2,
         )
 
