@@ -1,7 +1,7 @@
-"""Draw nets at random, as tasks of the profile `drawn`: `python -m runners.draw 18`.
+"""Draw nets at random, as tasks of the profile `drawn`: `python -m runners.draw 12`.
 
 A rule that needs no tuning is to be tried where nobody looked before. Net number `k` has its own seed, so that of a
-longer list the first ones are the same: `python -m runners.draw 36` adds eighteen. By turns an autoencoder (CURVES, by
+longer list the first ones are the same: `python -m runners.draw 24` adds twelve. By turns an autoencoder (CURVES, by
 the project's generator), a CNN (the embedded digits) and a GCN (a stochastic block model), each with a data set of its
 own, and by turns a batch size; depth, width, activation, normalisation, dropout, decay and the number of steps are
 drawn.
@@ -47,7 +47,7 @@ PROFILE = """\
 name: drawn
 tasks: [{tasks}]
 optimizers: [sgdm, lw_sgdm, adamw, lw_adamw]
-seeds: 5
+seeds: 3
 trials: 8
 budgets:
 {budgets}
@@ -143,4 +143,4 @@ if __name__ == "__main__":
     try:
         write(int(sys.argv[1]))
     except (IndexError, ValueError):
-        sys.exit("error: how many nets? type python -m runners.draw 18")
+        sys.exit("error: how many nets? type python -m runners.draw 12")

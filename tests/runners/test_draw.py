@@ -14,7 +14,7 @@ def folder(tmp_path):
 
 
 def test_the_committed_nets_are_those_that_are_drawn(tmp_path):
-    draw.write(18, folder(tmp_path))
+    draw.write(12, folder(tmp_path))
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.yaml"))
     assert written == sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*drawn*.yaml"))
     for path in written:
