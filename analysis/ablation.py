@@ -28,6 +28,11 @@ def ablation(records: Records) -> pd.DataFrame:
         ValueError: nothing varies between the runs, or something else than the method's settings does.
     """
     runs = records.runs[~records.runs.holdout & records.runs.status.isin(["finished", "diverged"])]
+    runs = (
+        runs.sort_values("created").drop_duplicates(["task", "optimizer", "variant", "seed"], keep="last").sort_index()
+    )
+    if not runs.config.map(lambda config: bool(config.get("optimizer"))).all():
+        raise ValueError(f"runs in {records.root} have no config.yaml that says what varies")
     version = runs.config.map(lambda config: config["optimizer"]["about"]["version"])
     latest = version == version.groupby([runs.task, runs.optimizer]).transform("max")
     runs, version = runs[latest], version[latest]

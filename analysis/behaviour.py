@@ -17,6 +17,7 @@ from analysis.records import Records, versions_of
 from analysis.verdicts import Claim, NotTestedError, Verdict, all_hold, each, guarded, runs_of, tasks_of
 
 LINE = 0.9  # least R² of what is called a line
+EVALUATIONS = 7  # fewer cannot fall so straight that a test over a dozen cases would tell it from chance
 INSENSITIVE = 0.1  # by how much of the best a loss may differ
 
 
@@ -69,6 +70,8 @@ def _regimes(records: Records, task: str, method: str) -> dict:
         best.append(side.loc[side.final_train_loss.idxmin()])
     settle, explore = best
     sizes = [float(mean_step_sizes(records, run.run).median()) for run in (settle, explore)]
+    if not np.isfinite(sizes).all():
+        raise NotTestedError(f"the trials of {method} on {task} have no step sizes (layers.csv)")
     row = {"task": task, "method": method, "field": "lr", "n": 1, "ratio": sizes[1] / sizes[0]}
     row |= {"from": float(scale[settle.name]), "to": float(scale[explore.name])}
     row["difference"] = float(explore.final_train_loss - settle.final_train_loss)
@@ -91,7 +94,7 @@ def mean_step_sizes(records: Records, run: str) -> pd.Series:
 
 
 def _schedule(records: Records, claim: Claim) -> Verdict:
-    """From their peak on, the step sizes fall like a schedule's: Spearman's correlation with time, Holm over all.
+    """From their peak on, the step sizes fall like a schedule's: Kendall's correlation with time, Holm over all.
 
     Step sizes of one run follow from one another, so p says how straight the fall is and not how sure it is.
     """
@@ -105,10 +108,10 @@ def _schedule(records: Records, claim: Claim) -> Verdict:
 def _fall(records: Records, task: str, method: str) -> dict:
     seeds = [mean_step_sizes(records, run) for run in runs_of(records, task, method).run]
     sizes = np.exp(pd.concat([np.log(s) for s in seeds], axis=1).mean(axis=1)).sort_index()
-    if len(sizes) < 5:
-        raise NotTestedError(f"{method} on {task} has step sizes at {len(sizes)} evaluations, 5 are needed")
+    if len(sizes) < EVALUATIONS:
+        raise NotTestedError(f"{method} on {task} has step sizes at {len(sizes)} evaluations, {EVALUATIONS} are needed")
     fall = sizes.loc[sizes.idxmax() :]
-    test = scipy_stats.spearmanr(fall.index, fall, alternative="less") if len(fall) > 4 else None
+    test = scipy_stats.kendalltau(fall.index, fall, alternative="less") if len(fall) > 1 else None
     correlation, p = (float(test.statistic), float(test.pvalue)) if test else (np.nan, 1.0)
     row = {"task": task, "method": method, "n": len(seeds), "peak_at": float(sizes.idxmax() / sizes.index[-1])}
     return row | {"last_over_peak": float(fall.iloc[-1] / fall.iloc[0]), "correlation": correlation, "p": p}
@@ -130,13 +133,16 @@ def _over_decades(table: pd.DataFrame, methods: tuple[str, ...]) -> list[dict]:
     """A row by task and method if the one setting that an ablation varies spans two decades, with a value in each."""
     settings = list(table.columns[2 : table.columns.get_loc("n")])
     values = pd.to_numeric(table[settings[0]], errors="coerce")
-    decades = np.log10(np.unique(values[values > 0]))
-    gaps = np.diff(decades)
-    if len(settings) > 1 or values.min() <= 0 or gaps.sum() < 1.99 or gaps.max() > 1.01:
+    if len(settings) > 1 or values.min() <= 0:
         return []
     table = table.assign(value=values, loss=table.train_loss_mean.where(table.diverged == 0, np.inf))
     groups = table[table.optimizer.isin(methods) & values.notna()].groupby(["task", "optimizer"], sort=False)
-    return [_spread(settings[0], *key, group) for key, group in groups]
+    return [_spread(settings[0], *key, group) for key, group in groups if _spans_decades(group.value)]
+
+
+def _spans_decades(values: pd.Series) -> bool:
+    gaps = np.diff(np.log10(np.unique(values)))
+    return gaps.sum() >= 1.99 and gaps.max() <= 1.01
 
 
 def _spread(setting: str, task: str, method: str, runs: pd.DataFrame) -> dict:

@@ -13,7 +13,18 @@ import pandas as pd
 
 from analysis import statistics
 from analysis.records import Records
-from analysis.verdicts import REPRODUCED, Claim, NotTestedError, Verdict, all_hold, each, guarded, runs_of, tasks_of
+from analysis.verdicts import (
+    REPRODUCED,
+    Claim,
+    NotTestedError,
+    Verdict,
+    all_hold,
+    check_comparable,
+    each,
+    guarded,
+    runs_of,
+    tasks_of,
+)
 
 MEASURES = {"train_loss": "training loss", "test_metric": "test metric"}
 LOSS_MARGIN, LOSS_FLOOR, ACCURACY_MARGIN = 0.02, 0.01, 0.005
@@ -53,9 +64,10 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
         ours = runs_of(records, task, method, alone=equal_time)
         theirs = runs_of(records, task, rival, alone=equal_time)
         seeds = ours.index.intersection(theirs.index)
-        if len(seeds) < 2:
-            raise NotTestedError(f"{method} and {rival} share {len(seeds)} seeds on {task}")
+        if len(seeds) < (needed := max(records.seeds(task), 2)):
+            raise NotTestedError(f"{method} and {rival} share {len(seeds)} of {needed} seeds on {task}")
         ours, theirs = ours.loc[seeds], theirs.loc[seeds]
+        check_comparable(task, ours, theirs, timed=equal_time)
         larger = larger_is_better(ours, measure)
         if equal_time:
             x, y = values_at_equal_time(records, ours, theirs, measure)
@@ -63,6 +75,8 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
             x, y = final_values(ours, measure), final_values(theirs, measure)
         if any((v.isna() & (runs.status == "finished")).any() for v, runs in ((x, ours), (y, theirs))):
             raise NotTestedError(f"{MEASURES[measure]} of {method} or {rival} on {task} was not measured")
+        if (x.notna() | y.notna()).sum() < 2:
+            raise NotTestedError(f"{method} and {rival} both diverged on {task}, but for one seed at most")
         result = statistics.compare(x, y, margin(y, larger), larger)
         return {"task": task, "method": method, "rival": rival, "larger": larger} | asdict(result)
 
@@ -73,8 +87,11 @@ def compared(better: bool, equal_time: bool = False) -> Callable[[Records, Claim
             of_pair = [row for row in rows if (row["method"], row["rival"]) == pair]
             for row, p in zip(of_pair, statistics.holm([row["p_worse"] for row in of_pair]), strict=True):
                 # where every task must be better there is nothing to correct for
-                row |= {"holds": row["better"]} if better else {"p_holm": float(p), "holds": bool(p > statistics.ALPHA)}
-        failing = "is not better" if better else "is worse by more than the margin"
+                passes = row["better"] if better else bool(p > statistics.ALPHA)
+                row |= {} if better else {"p_holm": float(p)}
+                # to diverge is to fail, however few the seeds are that a test could count
+                row["holds"] = passes and row["diverged"] <= row["rival_diverged"]
+        failing = "is not better" if better else "is worse by more than the margin or diverges more often"
         verdict = all_hold(measure, rows, failing, missing=missing)
         weak = not better and verdict.verdict == REPRODUCED
         return replace(verdict, caveat="; ".join(filter(None, (_unresolved(rows), _shown(rows))))) if weak else verdict

@@ -8,7 +8,17 @@ from collections.abc import Callable
 import numpy as np
 
 from analysis.records import Records
-from analysis.verdicts import Claim, NotTestedError, Verdict, all_hold, guarded, runs_of, tasks_of, testable
+from analysis.verdicts import (
+    Claim,
+    NotTestedError,
+    Verdict,
+    all_hold,
+    check_comparable,
+    guarded,
+    runs_of,
+    tasks_of,
+    testable,
+)
 
 ABOUT = 0.15  # what "about" allows
 COSTS = {"seconds_per_step": "time_ratio", "peak_memory_bytes": "memory_ratio"}  # a record's column, the benchmark's
@@ -52,6 +62,7 @@ def _ratios(records: Records, task: str, method: str, rival: str, columns: tuple
     for column in columns:
         alone = column == "seconds_per_step"
         ours, theirs = (runs_of(records, task, name, alone=alone) for name in (method, rival))
+        check_comparable(task, ours, theirs, timed=alone)
         if ours.driver.notna().any() != theirs.driver.notna().any():
             raise NotTestedError(f"of {method} and {rival} on {task} one was run on a GPU, the other on a CPU")
         ratios = (ours[column] / theirs[column]).replace([np.inf, -np.inf], np.nan).dropna()

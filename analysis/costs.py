@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
@@ -33,10 +35,14 @@ def performance_profiles(records: Records) -> Drawn | None:
     shown = {key: key for key in found if key[1] != "step"}
     names = {f"{m} {c}": f"Share of tasks\n{_cost(c)} to {WORDS[m]}" for m, c in shown}
     labels = records.finals.drop_duplicates("optimizer").set_index("optimizer")
-    methods = [(o, labels.label[o], group(o, labels.kind[o])) for o in order(costs.optimizer)]
+    everywhere = {optimizer for table in found.values() for optimizer in table.columns}
+    methods = [(o, labels.label[o], group(o, labels.kind[o])) for o in order(costs.optimizer) if o in everywhere]
     n = costs.task.nunique()
     timed = any(c == "train_seconds" for _, c in found)
     note = "" if timed else "Training time is not shown: runs were made beside others."
+    if left := costs.optimizer.nunique() - len(methods):
+        note += f" Left out: {left} method{'s' * (left > 1)} that did not run on every task."
+    note = note.strip()
     figure, drawn = panels(f"Performance profiles over {n} task{'s' * (n > 1)}", names, methods, note)
     taus, areas = np.linspace(1, statistics.TAU, 301), []
     for (measure, cost), table in found.items():
@@ -99,7 +105,7 @@ def bench(records: Records, device: str) -> Drawn:
 def _ratios(title: str, table: pd.DataFrame, note: str):
     """One method per row, a point per task, a tick and a number for the geometric mean; the figure and its words."""
     optimizers, names = order(table.optimizer), table.drop_duplicates("optimizer").set_index("optimizer").method
-    marks = dict(zip(table.task.unique(), "osD^vP*Xhd<>p", strict=False))
+    marks = dict(zip(table.task.unique(), cycle("osD^vP*Xhd<>p"), strict=False))
     shown = {column: parts for column, parts in RATIOS.items() if table[column].notna().any()}
     figure, axes = canvas(title, len(shown), height=0.25 * len(optimizers) + 1.25, note=note)
     width, tall = figure.get_size_inches()
@@ -120,7 +126,7 @@ def _ratios(title: str, table: pd.DataFrame, note: str):
         for y, optimizer in enumerate(optimizers):
             rows, color = known[known.optimizer == optimizer], style(optimizer.partition(" ")[0]).color
             for row in rows.itertuples():
-                panel.plot(getattr(row, column), y, marks.get(row.task, "o"), color=color, markersize=5,
+                panel.plot(getattr(row, column), y, marks[row.task], color=color, markersize=5,
                            markeredgecolor="white", markeredgewidth=0.5, zorder=3)  # fmt: skip
             if len(rows):
                 middle = _geometric_mean(rows[column])

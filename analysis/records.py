@@ -31,6 +31,11 @@ FLAT = (
     "seconds_per_step", "peak_memory_bytes", "gradient_equivalents", "contended", "diverged_at", "surrogate", "message",
 )  # fmt: skip
 PROVENANCE = ("commit", "dirty", "device", "driver", "threads", "created")
+STUDIES = {
+    "linear_convergence": ["task", "width", "estimator", "seed", "step", "gap", "rate_derived"],
+    "estimators": ["model", "layer", "estimator", "relative_bias", "standard_error"],
+}
+BENCH = ["workload", "optimizer", "time_ratio", "memory_ratio", "steps"]
 REQUIRED = ("record_version", "status", "task", "optimizer", "seed", "final")
 # Where a run was made, logged and stored does not change what it computes: left out when two configs are compared.
 # `profile` is represented by the budget it gives to the task.
@@ -128,29 +133,47 @@ class Records:
 
     def layers(self, run: str) -> pd.DataFrame:
         """Per-layer diagnostics of one run: `step, epoch, layer, quantity, value` (empty if it has none)."""
-        path = self.folder / run / "layers.csv"
+        columns = ["step", "epoch", "layer", "quantity", "value"]
         try:
-            return pd.read_csv(path)
-        except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
-            return pd.DataFrame(columns=["step", "epoch", "layer", "quantity", "value"])
+            layers = _table(self.folder / run / "layers.csv", columns)
+        except (FileNotFoundError, ValueError):
+            return pd.DataFrame(columns=columns)
+        return layers.assign(value=pd.to_numeric(layers.value, errors="coerce"))
 
     def study(self, name: str) -> pd.DataFrame | None:
         """The table `study/<name>.csv` under the root; None where there is none."""
         path = self.root / "study" / f"{name}.csv"
-        return pd.read_csv(path) if path.exists() else None
+        return _table(path, STUDIES[name]) if path.exists() else None
 
     @cached_property
     def benches(self) -> dict[str, pd.DataFrame]:
         """The benchmark's tables by device, from `bench/<device>/bench.csv` beside the root: the rows that ran."""
         paths = sorted(self.root.resolve().parent.glob("bench/*/bench.csv"))
-        tables = {path.parent.name: pd.read_csv(path) for path in paths}
+        tables = {path.parent.name: _table(path, BENCH) for path in paths}
         return {device: table[table.time_ratio.notna()] for device, table in tables.items()}
 
     @cached_property
     def ablations(self) -> dict[str, pd.DataFrame]:
         """Tables of `analysis.ablation` by what they vary, from `ablation/<name>/ablation.csv` beside the root."""
         paths = sorted(self.root.resolve().parent.glob("ablation/*/ablation.csv"))
-        return {path.parent.name: pd.read_csv(path) for path in paths}
+        return {
+            path.parent.name: _table(path, ["task", "optimizer", "n", "diverged", "train_loss_mean"]) for path in paths
+        }
+
+
+def _table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table that has these columns, and rows.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); make it again, or remove it") from None
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; make it again, or remove it")
+    return table
 
 
 def load(root: Path | str) -> Records:
@@ -177,6 +200,8 @@ def load(root: Path | str) -> Records:
         row["run"] = str(path.relative_to(folder))
         rows.append(row)
         tables.append(curve)
+    for path in sorted(root.glob("runs/[!.]*/")) if unpacked else ():
+        skipped.append({"folder": str(path.relative_to(root)), "reason": "beside packed records, which alone are read"})
     trials, tunings = _read_tunings(root, skipped)
     runs = _runs_table(rows)
     runs["current"] = _current(runs, tunings)
@@ -211,31 +236,47 @@ def _read(path: Path) -> tuple[dict, pd.DataFrame]:
         raise ValueError(f"record version {summary['record_version']}; this analysis reads version {RECORD_VERSION}")
     try:
         curve = pd.read_csv(path / "metrics.csv")
-    except (FileNotFoundError, pd.errors.EmptyDataError, pd.errors.ParserError):
+    except (FileNotFoundError, ValueError):  # pandas' own errors and a bad encoding are of the latter kind
         raise ValueError("metrics.csv is missing or unreadable") from None
     metric = next((c.removeprefix("test_") for c in curve.columns if c.startswith("test_") and c != "test_loss"), None)
     missing = [column for column in (*AXES, "train_loss") if column not in curve.columns]
     if missing or metric is None:
         raise ValueError(f"metrics.csv lacks {', '.join(missing) or 'a test metric'}")
     curve = curve.rename(columns={f"val_{metric}": "val_metric", f"test_{metric}": "test_metric"})
-    config = _read_config(path / "config.yaml")
+    if not len(curve):  # of a run that was not finite at its first evaluation
+        curve.loc[0] = {column: 0.0 if column in AXES else np.nan for column in curve}
+    if summary["status"] == "finished" and curve.step.iloc[-1] != summary.get("steps", curve.step.iloc[-1]):
+        raise ValueError(f"metrics.csv ends at step {curve.step.iloc[-1]} of {summary['steps']}")
+    try:
+        return _row(summary, _read_config(path / "config.yaml"), metric), curve
+    except (AttributeError, TypeError):
+        raise ValueError("summary.json or config.yaml has another form than records have") from None
+
+
+def _row(summary: dict, config: dict, metric: str) -> dict:
+    """The columns of one record."""
     row = {key: summary.get(key) for key in FLAT} | {"metric": metric, "config": config, "variant": _variant(config)}
     for kind in ("final", "best"):
         values = summary.get(kind) or {}
         for value in VALUES:
             row[f"{kind}_{value}"] = values.get(value.replace("metric", metric))
-    row["tuning"] = summary.get("tuning") or {}
+    row["tuning"] = {} | (summary.get("tuning") or {})
     provenance = summary.get("provenance") or {}
-    row |= {key: provenance.get(key) for key in PROVENANCE} | {"versions": provenance.get("versions") or {}}
-    return row, curve
+    versions = {package: str(version) for package, version in (provenance.get("versions") or {}).items()}
+    return row | {key: provenance.get(key) for key in PROVENANCE} | {"versions": versions}
 
 
 def _read_config(path: Path) -> dict:
+    """A run's config, {} if there is none; a TypeError if its groups are no groups."""
     try:
         # Seeds of one method differ in this line alone: without it each text is parsed once.
-        return _parse(re.sub(r"(?m)^seed:.*\n", "", path.read_text()))
+        config = _parse(re.sub(r"(?m)^seed:.*\n", "", path.read_text()))
     except FileNotFoundError:
         return {}
+    for group in ("task", "optimizer", "profile"):
+        if not isinstance(config.get(group) or {}, dict):
+            raise TypeError(group)
+    return config
 
 
 @lru_cache(maxsize=4096)
@@ -249,11 +290,9 @@ def _parse(text: str) -> dict:
 
 def _variant(config: dict) -> str:
     """A short name of a run's settings: equal for two runs that differ only in the seed or in where they were made."""
-    profile = config.get("profile") if isinstance(config.get("profile"), dict) else {}
-    task = config.get("task") if isinstance(config.get("task"), dict) else {}
     settings = {key: value for key, value in config.items() if key not in WHERE}
-    settings["profile_budget"] = (profile.get("budgets") or {}).get(task.get("name"))
-    if isinstance(config.get("optimizer"), dict):  # what is said about a method is none of its settings
+    settings["profile_budget"] = _profile_budget(config)
+    if config.get("optimizer"):  # what is said about a method is none of its settings
         about = config["optimizer"].get("about") or {}
         settings["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "search"}
         settings["optimizer"]["about"] = [about.get("name"), about.get("version")]
@@ -337,6 +376,18 @@ def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
     return current
 
 
+def problem_of(config: dict) -> str:
+    """What a run was to solve, and for how long: task and budget, without what is only read off."""
+    task = {k: v for k, v in (config.get("task") or {}).items() if k not in ("target", "evaluate_every", "select")}
+    return json.dumps([task, config.get("budget"), _profile_budget(config)], sort_keys=True, default=str)
+
+
+def _profile_budget(config: dict) -> dict | None:
+    """What the run's profile gives to its task."""
+    task, profile = config.get("task") or {}, config.get("profile") or {}
+    return (profile.get("budgets") or {}).get(task.get("name"))
+
+
 def versions_of(config: dict) -> tuple[int, int]:
     """Versions of the task and of the method; 0 where a config states none."""
     task, about = config.get("task"), (config.get("optimizer") or {}).get("about")
@@ -350,8 +401,9 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
     for task, group in finals.groupby("task"):
         same = {column: group[column] for column in ("device", "threads", "commit", "surrogate")}
         same["cuda_graphs"] = group.config.map(lambda config: config.get("cuda_graphs") or False)
+        same["number of trials"] = group.tuning.map(lambda tuning: tuning.get("trials")).replace(0, np.nan).dropna()
         for name, values in same.items():
-            methods = group.groupby(values.astype(str)).optimizer.unique()
+            methods = group.groupby(values.where(values.notna(), "none").map(str)).optimizer.unique()
             if len(methods) > 1:
                 parts = [f"{value[:24]} ({', '.join(sorted(names))})" for value, names in methods.items()]
                 found.append(f"{task}: runs differ in {name}: {'; '.join(parts)}")
@@ -361,6 +413,13 @@ def _warnings(runs: pd.DataFrame) -> list[str]:
             found.append(f"{task}: runs differ in version of {package}: {seen}")
         if group.dirty.fillna(False).any():
             found.append(f"{task}: {int(group.dirty.fillna(False).sum())} runs were made from uncommitted code")
+        if group.config.map(problem_of).nunique() > 1:
+            found.append(f"{task}: runs differ in the task's settings or the budget; no claim compares those")
+    for optimizer, group in finals.groupby("optimizer"):
+        versions = group.groupby(group.config.map(lambda config: versions_of(config)[1])).task.unique()
+        if len(versions) > 1:
+            parts = [f"{version} ({', '.join(sorted(tasks))})" for version, tasks in versions.items()]
+            found.append(f"{optimizer}: of several versions: {'; '.join(parts)}")
     stale = runs[~runs.current]
     for (task, optimizer), group in stale.groupby(["task", "optimizer"]):
         found.append(f"{task}: {len(group)} runs of {optimizer} with other settings are set aside")

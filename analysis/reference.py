@@ -61,7 +61,12 @@ def keep(source: Path, target: Path) -> Path:
 def _is_settled(run: Path) -> bool:
     """Whether a run's record is final."""
     summary = run / "summary.json"
-    return summary.exists() and json.loads(summary.read_text())["status"] in ("finished", "diverged")
+    try:
+        return json.loads(summary.read_text())["status"] in ("finished", "diverged")
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{summary} is damaged; remove that run and make it again") from error
 
 
 def _is_read(path: Path) -> bool:

@@ -57,7 +57,7 @@ def build(root: Path | str, out: Path | str | None = None) -> Path:
     """
     root = Path(root)
     out = Path(out) if out else root / "report"
-    if out.exists() and not (out / "claims.json").exists() and any(out.iterdir()):
+    if out.is_file() or (out.exists() and not (out / "claims.json").exists() and any(out.iterdir())):
         raise FileExistsError(f"{out} is not a report and will not be replaced: name another folder")
     records = load(root)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def write(records: Records, folder: Path) -> None:
         skipped=records.skipped.to_dict("records"),
         warnings=records.warnings,
         provenance=provenance(records),
-        root=_shown_root(records.root),
+        typed=shlex.quote(_shown_root(records.root)),
     )
     (folder / "index.html").write_text(page)
 
@@ -268,7 +268,7 @@ def troubled(records: Records) -> list[dict]:
         at = "" if run.diverged_at is None or pd.isna(run.diverged_at) else f"step {int(run.diverged_at)}"
         rows.append({
             "run": run.run, "task": run.task, "method": run.label, "seed": run.seed, "status": run.status, "at": at,
-            "kind": "trial" if run.holdout else "final", "message": run.message or "",
+            "kind": "trial" if run.holdout else "final", "message": run.message if isinstance(run.message, str) else "",
             "command": command(run, root / "runs"),
         })  # fmt: skip
     return rows

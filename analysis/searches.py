@@ -17,11 +17,19 @@ from analysis.style import heading, method_handles, names_at_ends, shade, style,
 def trial_values(records: Records, task: str) -> pd.DataFrame:
     """Tuning trials of a task with their final values; infinite losses (zero accuracy) for what did not finish.
 
-    `rate` is the learning rate, or the first searched field of a method without one.
+    `rate` is the learning rate, or the first searched field of a method without one; `selected` marks the one that was
+    chosen; equal scores are told apart by validation loss, as they were then. One whose run is not to be read is left
+    out.
     """
-    trials = records.trials[records.trials.task == task].copy()
-    runs = records.runs.set_index("run")
-    finished = trials.run.isin(runs.index) & (trials.status == "finished")
+    trials, runs = records.trials[records.trials.task == task], records.runs.set_index("run")
+    finished = trials.status == "finished"
+    trials = trials[~finished | trials.run.isin(runs.index)].copy()
+    finished = trials.status == "finished"
+    chosen = {
+        search.optimizer: search.selected for search in records.tunings[records.tunings.task == task].itertuples()
+    }
+    trials["selected"] = [row["values"] == chosen.get(row["optimizer"]) for _, row in trials.iterrows()]
+    trials["val_loss"] = runs.final_val_loss.reindex(trials.run).to_numpy()
     for measure in MEASURES:
         worst = -np.inf if scale_of(records, task, measure)[1] else np.inf
         values = runs[f"final_{measure}"].reindex(trials.run).to_numpy()
@@ -33,7 +41,7 @@ def trial_values(records: Records, task: str) -> pd.DataFrame:
 
 def untuned(records: Records, task: str) -> dict[str, pd.DataFrame]:
     """Final runs of the methods without any trial on a task, by method: the flat lines."""
-    return {o: r for _, o, r in tables.methods(records, task) if not r.tuning.iloc[0].get("trials")}
+    return {o: r for _, o, r in tables.methods(records, task) if not tables.tuning_of(r).get("trials")}
 
 
 def sensitivity(records: Records, task: str) -> Drawn | None:
@@ -54,7 +62,7 @@ def sensitivity(records: Records, task: str) -> Drawn | None:
     alt = f"Final value against the learning rate of each trial on {task}; methods without trials are flat lines. "
     alt += "Decades of rates within 10 % of the best training loss: "
     alt += ", ".join(f"{labels.get(o, o)} {tables.number(w, 2)}" for o, w in widths.items()) + "."
-    data = trials.drop(columns=["values", "fields"])
+    data = trials.drop(columns=["values", "fields", "val_loss"])
     return Drawn(f"sensitivity_{task}", task, f"{records.title(task)}: sensitivity", alt, figure, data)
 
 
@@ -74,9 +82,9 @@ def _sensitivity(records: Records, task: str, panel: Panel, trials: pd.DataFrame
             continue
         y = finite.reindex(rows.index)
         axis.plot(rows.rate, y, **look.plot() | ({"linestyle": "none"} if rows.fields.max() > 1 else {}), gid=optimizer)
-        if rows.score.notna().any():
-            best = rows.score.idxmax() if rows["mode"].iloc[0] == "max" else rows.score.idxmin()
-            axis.plot(rows.rate[best], y[best], "o", color="none", markeredgecolor=look.color, markersize=11)
+        axis.plot(
+            rows.rate[rows.selected], y[rows.selected], "o", color="none", markeredgecolor=look.color, markersize=11
+        )
         lost = rows.rate[y.isna()]
         axis.plot(lost, np.full(len(lost), edge), "x", color=look.color, markersize=7, clip_on=False, zorder=5)
     axis.set(xlabel="Learning rate", xscale="log", xlim=(trials.rate.min() / 1.5, trials.rate.max() * 1.5))
@@ -144,7 +152,7 @@ def best_of_k(records: Records, task: str) -> Drawn | None:
 
 def _best_of_k(trials: pd.DataFrame, flat: dict[str, pd.DataFrame], measure: str) -> pd.DataFrame:
     parts = []
-    for optimizer, rows in trials.groupby("optimizer"):
+    for optimizer, rows in trials.sort_values("val_loss").groupby("optimizer"):
         low, middle, high = statistics.best_of_k(rows.score, rows[measure], rows["mode"].iloc[0] == "max")
         part = {"optimizer": optimizer, "measure": measure, "k": np.arange(1, len(rows) + 1)}
         parts.append(pd.DataFrame(part | {"first_quartile": low, "median": middle, "third_quartile": high}))

@@ -14,6 +14,7 @@ from analysis.comparisons import final_values, larger_is_better
 from analysis.records import Records
 from analysis.style import order
 
+EDGE = 0.1
 BASE = "sgdm"  # the method whose cost is 1 and whose tuned result is the target
 COSTS = ("train_seconds", "gradient_equivalents", "step")
 DIGITS = "%.12g"  # those behind them are the processor's
@@ -28,7 +29,7 @@ def results(records: Records, *tasks: str) -> pd.DataFrame:
     rows = []
     for task, optimizer, runs in methods(records, *tasks):
         finished = int((runs.status == "finished").sum())
-        tuning = runs.tuning.iloc[0]
+        tuning = tuning_of(runs)
         row = {"task": task, "family": runs.family.iloc[0], "optimizer": optimizer, "method": runs.label.iloc[0]}
         row |= {"kind": runs.kind.iloc[0], "n": len(runs), "diverged": len(runs) - finished}
         row |= {"metric": runs.metric.iloc[0], "surrogate": runs.surrogate.iloc[0]}
@@ -39,16 +40,22 @@ def results(records: Records, *tasks: str) -> pd.DataFrame:
         row |= {"trials": int(tuning.get("trials") or 0), "on_edge": bool(tuning.get("on_edge") or False)}
         row |= {"train_seconds": runs.train_seconds.mean(), "seconds_per_step": runs.seconds_per_step.median()}
         row |= {"peak_memory_mb": runs.peak_memory_bytes.median() / 1e6, "contended": bool(runs.contended.any())}
-        row |= {"on_gpu": bool(runs.driver.notna().any())}
+        row |= {"on_gpu": bool(runs.driver.notna().any()), "machine": f"{runs.device.iloc[0]} {runs.threads.iloc[0]}"}
         rows.append(row)
     table = pd.DataFrame(rows)
     if len(table):
         base = table[table.optimizer == BASE].set_index("task")
-        alike = table.on_gpu == table.task.map(base.on_gpu)  # what a CPU takes is no multiple of what a GPU takes
-        table["time_ratio"] = (table.seconds_per_step / table.task.map(base.seconds_per_step)).where(alike)
-        table["memory_ratio"] = (table.peak_memory_mb / table.task.map(base.peak_memory_mb)).where(alike)
-        table = table.drop(columns="on_gpu")
+        alike = {name: table[name] == table.task.map(base[name]) for name in ("machine", "on_gpu")}
+        ratio = table.seconds_per_step / table.task.map(base.seconds_per_step)
+        table["time_ratio"] = ratio.where(alike["machine"])  # what one takes is no multiple of what another takes
+        table["memory_ratio"] = (table.peak_memory_mb / table.task.map(base.peak_memory_mb)).where(alike["on_gpu"])
+        table = table.drop(columns=["on_gpu", "machine"])
     return table
+
+
+def tuning_of(runs: pd.DataFrame) -> dict:
+    """The search that a method's runs come from; one made again by hand does not say so."""
+    return max(runs.tuning, key=len)
 
 
 def methods(records: Records, *tasks: str):
@@ -109,7 +116,7 @@ def settings(records: Records) -> pd.DataFrame:
         space = config.pop("search", None) or {}
         for key in ("about", "_target_", "_partial_"):
             config.pop(key, None)
-        search, tuning = searches.get((task, optimizer)), runs.tuning.iloc[0]
+        search, tuning = searches.get((task, optimizer)), tuning_of(runs)
         for name, value in config.items():
             entry = space.get(name) or {}
             bounds = entry.get(runs.family.iloc[0])
@@ -120,11 +127,16 @@ def settings(records: Records) -> pd.DataFrame:
             row |= {"trials": int(tuning.get("trials") or 0) if bounds else 0}
             row |= {"selected": (tuning.get("selected") or {}).get(name), "on_edge": False, "score": np.nan}
             if bounds:
-                row["on_edge"] = bool(tuning.get("on_edge"))
+                row["on_edge"] = is_on_edge(row["selected"], low, high)
                 row["score"] = search.score if search is not None else np.nan
             rows.append(row)
     columns = ["task", "optimizer", "method", "field", "value", "search_low", "search_high", "source", "trials"]
     return pd.DataFrame(rows, columns=[*columns, "selected", "on_edge", "score"])
+
+
+def is_on_edge(value: float | None, low: float, high: float) -> bool:
+    """Whether a selected value lies in the outer tenth of its range, as `runners.tune` has it of a whole search."""
+    return value is not None and not EDGE <= np.log(value / low) / np.log(high / low) <= 1 - EDGE
 
 
 # ---- as shown ------------------------------------------------------------------------------------------------------
@@ -248,7 +260,7 @@ def claims_table(judged: list[dict]) -> pd.DataFrame:
     """A row per claim and measure: the verdict and why."""
     rows = [
         {"Claim": claim["id"], "Sentence": claim["sentence"], "Measure": verdict["measure"].replace("_", " ")}
-        | {"Verdict": verdict["verdict"], "Why": verdict["reason"]}
+        | {"Verdict": verdict["verdict"], "Why": "; ".join(filter(None, (verdict["reason"], verdict["caveat"])))}
         for claim in judged
         for verdict in claim["verdicts"]
     ]

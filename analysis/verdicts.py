@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.records import Records
+from analysis.records import Records, problem_of
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 
@@ -75,7 +75,22 @@ def runs_of(records: Records, task: str, optimizer: str, alone: bool = False) ->
         raise NotTestedError(f"{optimizer} has {len(runs)} of {needed} seeds on {task}")
     if alone and runs.contended.any():
         raise NotTestedError(f"{optimizer} on {task} was timed beside other runs (contended)")
+    if runs.config.iloc[0].get("optimizer", {}).get("search") and not runs.tuning.map(len).any():
+        raise NotTestedError(f"{optimizer} on {task} was not tuned")
     return runs
+
+
+def check_comparable(task: str, ours: pd.DataFrame, theirs: pd.DataFrame, timed: bool = False) -> None:
+    """Runs are compared where the problem and the budget are the same; of times, on the same machine."""
+    facts = {"another task or budget": [runs.config.map(problem_of) for runs in (ours, theirs)]}
+    facts |= {"other data": [runs.surrogate for runs in (ours, theirs)]}
+    if timed:
+        facts |= {f"another {column}": [runs[column] for runs in (ours, theirs)] for column in ("device", "threads")}
+        facts |= {"CUDA graphs": [runs.config.map(lambda c: bool(c.get("cuda_graphs"))) for runs in (ours, theirs)]}
+    for what, (mine, others) in facts.items():
+        if set(mine.map(str)) != set(others.map(str)):
+            names = " and ".join(runs.optimizer.iloc[0] for runs in (ours, theirs))
+            raise NotTestedError(f"one of {names} on {task} was run with {what}")
 
 
 def guarded(measure: str, judge: Callable[[], Verdict]) -> Verdict:
@@ -113,5 +128,9 @@ def all_hold(measure: str, rows: list[dict], failing: str, where: str = "", miss
         return Verdict(measure, NOT_TESTED, f"{missing}; {held}", rows)
     if not failed:
         return Verdict(measure, REPRODUCED, f"holds in all {len(rows)} comparisons{where}", rows)
-    names = ", ".join(f"{row['method']} {failing} on {row['task']}" for row in failed[:3])
+    names = ", ".join(f"{row['method']} {failing}{_than(row)} on {row['task']}" for row in failed[:3])
     return Verdict(measure, NOT_REPRODUCED, f"{len(failed)} of {len(rows)}{where} fail: {names}", rows)
+
+
+def _than(row: dict) -> str:
+    return f" than {row['rival']}" if "rival" in row else ""

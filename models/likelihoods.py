@@ -35,11 +35,11 @@ class Bernoulli:
             ValueError: outputs and targets differ in shape.
         """
         _check_shapes(self, outputs, targets, targets.shape == outputs.shape, "targets of the outputs' shape")
-        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").flatten(1).sum(1)
+        return _by_example(F.binary_cross_entropy_with_logits(outputs, _as_numbers(targets, outputs), reduction="none"))
 
     def residual(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`∂ℓ/∂z = σ(z) − y`."""
-        return outputs.sigmoid() - targets
+        return outputs.sigmoid() - _as_numbers(targets, outputs)
 
     def sampled_residual(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The residual at labels drawn from the output, by `generator` on the outputs' device."""
@@ -55,7 +55,7 @@ class Bernoulli:
 
     def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error of the reconstruction `σ(z)`, summed over pixels, `(m,)`."""
-        return (outputs.sigmoid() - targets).square().flatten(1).sum(1)
+        return _by_example((outputs.sigmoid() - _as_numbers(targets, outputs)).square())
 
 
 class Categorical:
@@ -140,7 +140,7 @@ class Gaussian:
     def metric(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error summed over outputs, `(m,)`."""
         # Written out: F.mse_loss has no forward-over-reverse derivative.
-        return (outputs - targets).square().flatten(1).sum(1)
+        return _by_example((outputs - targets).square())
 
 
 class Scaled:
@@ -185,6 +185,16 @@ def _check_shapes(likelihood, outputs: Tensor, targets: Tensor, fit: bool, wante
     if not fit:
         name, shapes = type(likelihood).__name__, f"{tuple(outputs.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"{name} needs {wanted}; the shapes are {shapes}")
+
+
+def _by_example(terms: Tensor) -> Tensor:
+    """Sums over each example's terms, `(m,)`; a net with one output may leave its dimension out."""
+    return terms.reshape(len(terms), -1).sum(1)
+
+
+def _as_numbers(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets of the outputs' type where they are whole numbers or truths."""
+    return targets if targets.is_floating_point() else targets.to(outputs.dtype)
 
 
 def _minus_onehot(probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -11,17 +11,20 @@ gradient if
 which is checked once, on the first examples that a model sees, with ``d = g_l / ‖g_l‖`` and ``g_l`` by autograd. A
 layer that fails is *lifted*: the module around takes its place, in whose calls more happens, up to the model itself, in
 whose call everything does. A lifted layer's tangent is one of a larger module, and so dearer.
+
+And whether a pass made again is the same function: if not, a warning says so.
 """
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from optimizers.layers import Layer, Untraceable, find_layers
+from optimizers.layers import Layer, Untraceable, find_layers, first_tensor
 from optimizers.replay import RandomState, frozen_statistics
 from optimizers.trace import Call, Trace
 
@@ -61,7 +64,25 @@ def account(minibatch: Minibatch) -> Account:
     random_state = RandomState(layers[0].parameters[0].device)
     with random_state.replayed(), frozen_statistics(model), _no_zeros(model):
         layers, rows_mix = _accounting_by_few(layers, minibatch)
-        return Account(layers, rows_mix, random_state.has_advanced())
+        draws = random_state.has_advanced()
+        _warn_of_another_function(minibatch, random_state)
+        return Account(layers, rows_mix, draws)
+
+
+def _warn_of_another_function(minibatch: Minibatch, random_state: RandomState) -> None:
+    """What is measured beside the gradient is of the same function only if a pass made again gives the same."""
+    model, passes = minibatch.objective.model, []
+    for _ in range(2):
+        with torch.no_grad(), random_state.replayed(), frozen_statistics(model):
+            passes.append(first_tensor(model(*minibatch.inputs)))
+    first, again = passes
+    if isinstance(first, Tensor) and (first - again).norm() > TOLERANCE * first.norm():
+        warnings.warn(
+            f"{type(model).__name__} gives other outputs when it is called with the same inputs again (it changes them "
+            "in place, draws random numbers that are not torch's global ones, or carries a state from call to call): "
+            "what is measured beside the gradient is then of another function than the gradient",
+            stacklevel=2,
+        )
 
 
 def _accounting_by_few(layers: list[Layer], minibatch: Minibatch) -> tuple[list[Layer], bool]:
@@ -111,8 +132,10 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
         gradients = trace.gradients(loss, retain_graph=True)
         lengths = torch.stack([_normalise(layer, gradient) for layer, gradient in gradients.items()]).to(loss.dtype)
         slopes: dict[Layer, list[Tensor]] = {layer: [loss.new_zeros(2)] for layer in layers}
+        dtypes = {p.dtype for layer in layers for p in layer.parameters}
 
         def visit(call: Call, delta: Tensor) -> None:
+            dtypes.add(delta.dtype)  # lower than the parameters' under autocast
             terms = call.slopes(delta, gradients[call.layer])
             slopes[call.layer].append(torch.stack([terms.sum(), terms.abs().sum()]).to(loss.dtype))
 
@@ -123,7 +146,7 @@ def _unaccounted(minibatch: Minibatch, layers: list[Layer]) -> list[Layer]:
             raise
         return [layer]
     seen, size = torch.stack([sum(slopes[layer]) for layer in layers]).unbind(1)
-    tolerance = max(TOLERANCE, *(ROUNDINGS * torch.finfo(layer.parameters[0].dtype).eps for layer in layers))
+    tolerance = max(TOLERANCE, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes))
     differ = (seen - lengths).abs() > tolerance * torch.maximum(size, lengths)  # of what is not finite nothing is known
     return [layer for layer, differs in zip(layers, differ.tolist(), strict=True) if differs]
 

@@ -25,6 +25,8 @@ class AdaHessian(pytorch_optimizer.AdaHessian):
 
     def step(self, closure: Minibatch) -> Tensor:
         """One step on ``objective(inputs, targets)``; returns the mean loss before it, detached."""
+        if not isinstance(closure, Minibatch):
+            raise TypeError(f"AdaHessian.step needs objective(inputs, targets), not {type(closure).__name__}")
         if self.param_groups[0].get("step", 0) % self.update_period:  # a step that estimates nothing
             return super().step(closure)
         closure.count(FORWARD + ACTIVATION_BACKWARD + WEIGHT_GRADIENT + self.num_samples * HESSIAN_VECTOR_PRODUCT)

@@ -21,6 +21,9 @@ class Averages(UserDict):
         settling: measurements that stand for one step each.
     """
 
+    #: By how much shorter steps would have stopped a rise of the loss that they make.
+    ENOUGH = 10.0
+
     def __init__(self, values: dict, averaging: float, span: float, settling: int) -> None:
         self.data = values  # itself, not a copy
         self.averaging, self.span, self.settling = averaging, span, settling
@@ -64,7 +67,13 @@ class Averages(UserDict):
             self[name] = value.clone()
 
     def add_loss(self, loss: Tensor, past: float | Tensor) -> None:
-        """To the average loss, that average's own average, and how far single losses are from it."""
+        """To the average loss, that average's own average, and how far single losses are from it.
+
+        A rise that goes on while step sizes were ``braked`` enough is not of their making: what is past starts anew.
+        """
+        if "braked" in self:
+            for name in ("loss", "past_loss"):
+                self.remember(name, torch.where(self["braked"] >= self.ENOUGH, loss, self[name]))
         self.add("loss_deviation", (loss - self.get("loss", loss)).abs(), past)
         self.add("loss", loss, past)
         self.add("past_loss", self["loss"], past)

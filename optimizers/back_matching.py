@@ -140,9 +140,10 @@ class BackMatching(LayeredOptimizer):
     def _average(self, propagated: Tensor, parameters: Tensor) -> None:
         """Take one measurement into the averages; ``rate`` is ``q_l Π 1/m_k``."""
         rates = self._rates
-        finite = (propagated.isfinite() & parameters.isfinite()).to(propagated.dtype)
+        finite = propagated.isfinite() & parameters.isfinite()
+        rates["skipped"] = rates.get("skipped", 0) + ~finite
+        finite = (finite & (propagated > 0) & (parameters > 0)).to(propagated.dtype)  # a layer may not have been called
         rates["measured"] = rates.get("measured", 0) + finite
-        rates["skipped"] = rates.get("skipped", 0) + 1 - finite
         weight = (1 / rates["measured"]).clamp(1 - self.averaging, 1)  # a plain mean until it has its length
         for name, value in (("propagated", propagated), ("parameters", parameters)):
             past = rates.get(name, torch.zeros_like(value))

@@ -92,7 +92,9 @@ class Bounds(NamedTuple):
         if self.brake is None:
             return growth
         risen = search.rise().clamp(0, 1)
-        return growth ** (1 - risen) / self.brake**risen
+        braking = self.brake**risen
+        search.remember("braked", torch.where(risen > 0, search.get("braked", 1.0) * braking, 1.0))
+        return growth ** (1 - risen) / braking
 
 
 def _length(norms: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ noise counts as signal, by which trust grows and steps with it: on LeNet five ti
 times the loss. Only the losses tell. So step sizes grow at each measurement by ``growth^(1−r) / brake^r``, with ``r``
 in [0, 1] the rise of their average above its own average, in standard deviations of what noise alone makes of it: at
 ``r = 1`` they shrink to ``1/brake`` of themselves. Without that measure, with ``r = 1`` at any rise, the noise of small
-batches, which is a rise half of the time, takes step sizes down for good.
+batches, which is a rise half of the time, takes step sizes down for good. A rise that goes on when they are a tenth of
+what they were is not of their making (another task, longer sequences), and the loss's past starts anew.
 
 **Fitted examples.** Slope and curvature die away, and step sizes grow, against a direction of Adam's that keeps its
 length: that is what trust shrinks with noise for. One batch that is not fitted makes the direction several times as
@@ -206,6 +207,7 @@ class Layerwise(LayeredOptimizer):
         share: of a batch's examples, in (0, 1]: curvature and noise are measured on so many, at least, and on no less
             than ``FEWEST_EXAMPLES``; on all where examples mix.
         curvature: an estimator of ``optimizers.curvature``; None: ``GaussNewton()``.
+        lr: there is none; refused in words.
 
     Raises:
         ValueError: an argument out of its range.
@@ -248,7 +250,9 @@ class Layerwise(LayeredOptimizer):
         joint_trust: float | None = None,
         head_start: float = 0.0,
         curvature=None,
+        lr: None = None,
     ) -> None:
+        check(lr is None, "lr", lr, "left out, for step sizes are found; sigma (2 by default) scales them")
         check(sigma > 0, "sigma", sigma, "positive")
         check(0 <= averaging < 1, "averaging", averaging, "in [0, 1)")
         check(0 <= own <= 1, "own", own, "in [0, 1]")

@@ -128,14 +128,22 @@ class Objective:
         Args:
             inputs: a tensor or a tuple of them, as the model takes them.
             targets: ``(m, …)``.
-            rows: indices of the outputs that the targets belong to (a graph's labelled nodes); None: all, in order, and
-                no example's output depends on the other examples but through BatchNorm.
+            rows: indices of the outputs that the targets belong to (a graph's labelled nodes), or a mask of them; None:
+                all, in order, and no example's output depends on the other examples but through BatchNorm.
 
         Raises:
-            ValueError: there are no targets.
+            ValueError: there are no targets, or more than the population has.
         """
         if not len(targets):
             raise ValueError("a minibatch of no examples has no mean loss: leave it out (a DataLoader's drop_last)")
+        if self.population is not None and len(targets) > self.population:
+            raise ValueError(
+                f"a minibatch of {len(targets)} examples from a population of {self.population}: population is the "
+                "number of training examples (len(dataset)), not of batches"
+            )
+        if rows is not None:
+            rows = torch.as_tensor(rows, device=targets.device)
+            rows = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows.long()
         return Minibatch(self, inputs if isinstance(inputs, tuple) else (inputs,), targets, rows)
 
 
@@ -213,6 +221,11 @@ class Minibatch:
 
     def labelled(self, outputs: Tensor) -> Tensor:
         """The outputs that have a target."""
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"the model returned a {type(outputs).__name__}, not a tensor: return one (parts can be concatenated, "
+                "and split again in the likelihood's nll)"
+            )
         return outputs if self.rows is None else outputs[self.rows]
 
     def __call__(self) -> Tensor:
@@ -237,7 +250,16 @@ class Minibatch:
             return self.loss(self.objective.model(*self.inputs))
 
     def trace(self, keep_outputs: bool = True) -> Trace:
-        """One forward pass with the layers captured; see ``Trace``."""
+        """One forward pass with the layers captured; see ``Trace``.
+
+        Raises:
+            TypeError: the model is wrapped for several processes by torch, which knows of gradients alone.
+        """
+        if isinstance(self.objective.model, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "DistributedDataParallel averages gradients alone, and what is measured beside them would differ from "
+                "process to process: give the plain model to optimizers.parallel.DataParallel(model, likelihood, …)"
+            )
         return Trace(self.objective.model, self.objective.layers, self.inputs, self.count, keep_outputs)
 
     def mixes(self, trace: Trace | None = None) -> bool:
@@ -384,4 +406,4 @@ class Minibatch:
     def _scatter(self, outputs: Tensor, values: Tensor) -> Tensor:
         if self.rows is None:
             return values
-        return torch.zeros_like(outputs).index_copy_(0, self.rows, values)
+        return torch.zeros_like(outputs).index_add_(0, self.rows, values)  # a row may have several targets

@@ -76,7 +76,8 @@ class Curvature:
         self._calls, self._outputs = trace.calls, trace.outputs.detach()
         self._adjoints: dict[Call, Tensor] = {}
         for call in trace.calls:
-            call.output.register_hook(partial(self._adjoints.__setitem__, call))
+            if call.output.requires_grad:  # not ahead of the first parameter that is trained
+                call.output.register_hook(partial(self._adjoints.__setitem__, call))
             call.inputs, call.output = (), (None if recompute else call.output.detach())
         self.loss = minibatch.fill_gradients(trace)
 

@@ -74,7 +74,7 @@ def write_run(
         "_target_": f"synthetic.{optimizer}", "lr": (values or {}).get("lr", 0.1), "momentum": 0.9,
         "about": {"name": optimizer, "label": LABELS.get(optimizer, optimizer), "version": 1,
                   "kind": KINDS.get(optimizer[:2], "second_order")},
-        "search": None if lw else {"lr": {family: [1e-3, 1.0], "source": "synthetic"}},
+        "search": None if lw or not (holdout or tuning) else {"lr": {family: [1e-3, 1.0], "source": "synthetic"}},
     }  # fmt: skip
     config = {
         "synthetic": True, "seed": seed, "holdout": holdout,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from make_records import METHODS, Planted, write_records, write_run
 
 from analysis import claims, comparisons, tables
@@ -258,7 +259,9 @@ def test_costs_of_runs_count_beside_the_benchmark(tmp_path):
     claim = claims.CLAIMS[4]
     (verdict,) = claim.test(load(root), claim)
     assert claim.id == "LW-5" and verdict.verdict == NO
-    assert verdict.reason == "1 of 4 of the runs and the benchmark fail: lw_adamw needs more memory on gcn_sbm"
+    assert (
+        verdict.reason == "1 of 4 of the runs and the benchmark fail: lw_adamw needs more memory than sgdm on gcn_sbm"
+    )
 
 
 @pytest.mark.parametrize("observed, expected", [(0.9, YES), (0.96, NO)])
@@ -314,3 +317,89 @@ def test_margins():
     assert comparisons.margin(pd.Series([10.0, 10.0]), accuracy=False) == pytest.approx(0.2)
     assert comparisons.margin(pd.Series([0.1, 0.1]), accuracy=False) == pytest.approx(0.01)
     assert comparisons.margin(pd.Series([0.9, 0.9]), accuracy=True) == pytest.approx(0.005)
+
+
+def reason(root, claim="LW-1", measure="train_loss"):
+    records = load(root)
+    (found,) = [c for c in claims.CLAIMS if c.id == claim]
+    (verdict,) = [v for v in found.test(records, found) if v.measure == measure]
+    return f"{verdict.verdict}: {verdict.reason}"
+
+
+def rewrite(root, method, change):
+    """Change configs and summaries of a method's final runs: `change(config, summary)`."""
+    for path in root.glob(f"runs/*/{method}/*/summary.json"):
+        summary, config = json.loads(path.read_text()), yaml.safe_load((path.parent / "config.yaml").read_text())
+        change(config, summary)
+        path.write_text(json.dumps(summary))
+        (path.parent / "config.yaml").write_text(yaml.dump(config))
+
+
+def test_what_is_not_the_same_problem_is_not_compared(tmp_path):
+    def longer(config, summary):
+        config["budget"] = {"epochs": 200}
+
+    def other_data(config, summary):
+        summary["surrogate"] = "Olivetti"
+
+    def larger_batch(config, summary):
+        config["task"]["batch_size"] = 1000
+
+    def to_be_tuned(config, summary):
+        config["optimizer"]["search"] = {"lr": {"gcn": [0.001, 1.0]}}
+
+    changes = [(longer, "another task or budget"), (larger_batch, "another task or budget"), (other_data, "other data")]
+    for number, (change, what) in enumerate(changes):
+        root = planted(tmp_path / str(number), tasks=["gcn_sbm"])
+        rewrite(root, "lw_sgdm", change)
+        assert f"{UNTESTED}: one of lw_sgdm and sgdm on gcn_sbm was run with {what}" in reason(root)
+    rewrite(root := planted(tmp_path / "tuned", tasks=["gcn_sbm"]), "sgdm", to_be_tuned)
+    assert f"{UNTESTED}: sgdm on gcn_sbm was not tuned" in reason(root)
+
+
+def test_times_of_other_machines_are_not_compared(tmp_path):
+    def faster(config, summary):
+        summary["provenance"]["device"] = "fast"
+
+    root = planted(tmp_path, ALL, tasks=["gcn_sbm"])
+    rewrite(root, "lw_sgdm", faster)
+    assert "one of lw_sgdm and kfac on gcn_sbm was run with another device" in reason(root, "LW-3")
+    assert reason(root, "LW-4", "time per step").startswith(UNTESTED)
+    assert reason(root).startswith(YES)  # of losses it says nothing
+    assert tables.results(load(root)).set_index("optimizer").time_ratio.isna()["lw_sgdm"]
+
+
+def test_too_few_common_seeds_are_not_compared(tmp_path):
+    root = planted(tmp_path, tasks=["gcn_sbm"])
+    for seed in (3, 4):
+        write_run(
+            root, "gcn_sbm", "sgdm", seed, METHODS["sgdm"], profile={"name": "test", "tasks": ["gcn_sbm"], "seeds": 3}
+        )
+    for path in root.glob("runs/gcn_sbm/sgdm/*/summary.json"):
+        if json.loads(path.read_text())["seed"] < 2:
+            shutil.rmtree(path.parent)
+    assert f"{UNTESTED}: lw_sgdm and sgdm share 1 of 3 seeds on gcn_sbm" in reason(root)
+
+
+def test_who_diverges_more_often_is_not_as_good_however_few_the_seeds(tmp_path):
+    root = planted(tmp_path / "ours", tasks=["gcn_sbm"])
+    diverging = Planted(final=0.1, diverges=True)
+    profile = {"name": "test", "tasks": ["gcn_sbm"], "seeds": 3}
+
+    def diverge(root, method, seeds):
+        for path in root.glob(f"runs/gcn_sbm/{method}/*/summary.json"):
+            if json.loads(path.read_text())["seed"] in seeds:
+                shutil.rmtree(path.parent)
+        for seed in seeds:
+            write_run(root, "gcn_sbm", method, seed, diverging, profile=profile)
+
+    diverge(root, "lw_sgdm", [0])
+    assert reason(root).startswith(
+        f"{NO}: 1 of 1 fail: lw_sgdm is worse by more than the margin or diverges more often than sgdm"
+    )
+    diverge(root, "sgdm", [0])  # level again, and better on the two others
+    assert reason(root).startswith(YES)
+    diverge(root, "sgdm", [1, 2])
+    assert reason(root).startswith(YES)
+    diverge(root, "lw_sgdm", [1, 2])
+    assert f"{UNTESTED}: lw_sgdm and sgdm both diverged on gcn_sbm, but for one seed at most" in reason(root)

@@ -1,5 +1,9 @@
 """Figures: what they show is what the records say. Content is checked, not pixels."""
 
+import json
+import shutil
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -189,11 +193,11 @@ def test_the_benchmark_is_drawn_beside_the_runs_cost(tmp_path):
     write_records(tmp_path / "quick", tasks=[TASK], methods={"sgdm": METHODS["sgdm"]}, trials=0)
     (tmp_path / "bench" / "cuda").mkdir(parents=True)
     rows = [
-        "workload,optimizer,time_ratio,memory_ratio,refused",
-        "gcn_cora,sgdm,1,1,",
-        "gcn_cora,lw_sgdm every=10,1.1,1.2,",
+        "workload,optimizer,time_ratio,memory_ratio,steps,refused",
+        "gcn_cora,sgdm,1,1,9,",
+        "gcn_cora,lw_sgdm every=10,1.1,1.2,9,",
     ]
-    rows += ["resnet,sgdm,1,1,", "resnet,lw_sgdm every=10,1.21,1.3,", "resnet,kfac,,,no time left"]
+    rows += ["resnet,sgdm,1,1,9,", "resnet,lw_sgdm every=10,1.21,1.3,9,", "resnet,kfac,,,,no time left"]
     (tmp_path / "bench" / "cuda" / "bench.csv").write_text("\n".join(rows) + "\n")
     records = load(tmp_path / "quick")
     assert "bench_cuda" in figures.jobs(records)
@@ -311,3 +315,44 @@ def test_draw_some_figures_by_name(records, tmp_path):
     assert figures.chosen(records, ["sensitivity", "cost"])[-2:] == ["sensitivity_gcn_sbm", "cost"]
     with pytest.raises(ValueError, match="no figure nonsense; there are performance_profiles, cost"):
         figures.draw_all(records, tmp_path, ["nonsense"])
+
+
+def test_the_ring_is_at_the_trial_that_was_selected(tmp_path):
+    """Of equal scores the search took the lower validation loss, and so do the ring and the best of k."""
+    root = write_records(tmp_path, tasks=[TASK], methods={"sgdm": METHODS["sgdm"]})
+    path = root / "tuning" / TASK / "sgdm.json"
+    search = json.loads(path.read_text())
+    for trial in search["trials"][:3]:
+        trial["score"] = 1.0
+    search["selected"] = search["trials"][1]["values"]
+    for number, trial in enumerate(search["trials"][:3]):
+        summary = root / "runs" / "/".join(Path(trial["folder"]).parts[-3:]) / "summary.json"
+        told = json.loads(summary.read_text())
+        told["final"] |= {"val_loss": [3.0, 1.0, 2.0][number], "train_loss": [30.0, 10.0, 20.0][number]}
+        summary.write_text(json.dumps(told))
+    path.write_text(json.dumps(search))
+    records = load(root)
+    trials = searches.trial_values(records, TASK)
+    assert trials[trials.selected].rate.tolist() == [0.01]
+    best = searches.best_of_k(records, TASK).data
+    assert best[(best.measure == "train_loss") & (best.k == 4)]["median"].tolist() == [10.0]
+
+
+def test_a_trial_whose_run_is_lost_is_not_drawn_as_diverged(tmp_path):
+    root = write_records(tmp_path, tasks=[TASK], methods={"sgdm": METHODS["sgdm"]})
+    search = json.loads((root / "tuning" / TASK / "sgdm.json").read_text())
+    shutil.rmtree(root / "runs" / "/".join(Path(search["trials"][0]["folder"]).parts[-3:]))
+    assert len(searches.trial_values(load(root), TASK)) == 3
+
+
+def test_a_profile_of_performance_says_whom_it_leaves_out(tmp_path):
+    root = write_records(tmp_path, tasks=[TASK, "gcn_sbm"])
+    for seed in range(3):
+        write_run(root, TASK, "adam", seed, METHODS["adamw"])
+    figure = costs.performance_profiles(load(root)).figure
+    assert "Left out: 1 method that did not run on every task." in " ".join(text.get_text() for text in figure.texts)
+
+
+def test_the_edge_is_told_of_the_field_that_lies_on_it():
+    on_edge = [tables.is_on_edge(value, 0.01, 1.0) for value in (0.01, 0.015, 0.1, 0.7, 1.0, None)]
+    assert on_edge == [True, True, False, True, True, False]

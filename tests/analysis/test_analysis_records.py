@@ -11,6 +11,7 @@ import pytest
 import yaml
 from make_records import HERE, METHODS, Planted, write_committed, write_records, write_run
 
+from analysis.packed import pack
 from analysis.records import AXES, VALUES, load
 
 TASK = "autoencoder_curves_small"
@@ -84,6 +85,61 @@ def test_broken_folders_are_listed_and_the_rest_is_read(tmp_path):
     assert len(records.finals) == 7
 
 
+def test_a_run_that_diverged_before_its_first_evaluation_has_a_curve_of_nothing(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=2, trials=0)
+    run = write_run(tmp_path, TASK, "sgdm", 2, Planted(diverges=True))
+    table = folder_of(tmp_path, run) / "metrics.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    records = load(tmp_path)
+    (row,) = records.curves_by_run[run].itertuples()
+    assert row.step == 0 and np.isnan(row.train_loss)
+
+
+def test_a_finished_run_whose_table_is_cut_is_no_record(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=1, trials=0)
+    table = next(tmp_path.glob(f"runs/{TASK}/sgdm/*/metrics.csv"))
+    table.write_text("\n".join(table.read_text().splitlines()[:3]) + "\n")
+    assert load(tmp_path).skipped.reason.tolist() == ["metrics.csv ends at step 10 of 110"]
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("summary.json", {"final": [1.0]}),
+        ("summary.json", {"tuning": ["lr"]}),
+        ("summary.json", {"provenance": "a laptop"}),
+        ("config.yaml", {"optimizer": "sgdm"}),
+        ("config.yaml", {"profile": "quick"}),
+        ("config.yaml", {"optimizer": {"about": "x"}}),
+    ],
+)
+def test_records_of_another_form_are_listed(tmp_path, file, change):
+    write_records(tmp_path, tasks=[TASK], seeds=1, trials=0)
+    path = next(tmp_path.glob(f"runs/{TASK}/sgdm/*/{file}"))
+    read, write = (json.loads, json.dumps) if file.endswith("json") else (yaml.safe_load, yaml.dump)
+    path.write_text(write(read(path.read_text()) | change))
+    assert load(tmp_path).skipped.reason.tolist() == ["summary.json or config.yaml has another form than records have"]
+
+
+def test_plain_folders_beside_packed_records_are_told(tmp_path):
+    write_records(tmp_path, tasks=[TASK], seeds=1, trials=0)
+    pack(tmp_path / "runs" / TASK, tmp_path / "runs" / f"{TASK}.tar.xz")
+    records = load(tmp_path)
+    assert len(records.finals) == 4
+    assert records.skipped.to_dict("records") == [
+        {"folder": f"runs/{TASK}", "reason": "beside packed records, which alone are read"}
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "workload,optimizer\n", "\xff\xfe"])
+def test_a_table_beside_the_runs_that_cannot_be_read_is_named(tmp_path, text):
+    root = write_records(tmp_path / "quick", tasks=[TASK], seeds=1, trials=0)
+    (path := tmp_path / "bench" / "cpu" / "bench.csv").parent.mkdir(parents=True)
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"bench/cpu/bench.csv (cannot be read|lacks time_ratio).*make it again"):
+        _ = load(root).benches
+
+
 def test_runs_without_result_are_kept_apart(tmp_path):
     write_records(tmp_path, tasks=[TASK], seeds=1, trials=0)
     for seed, status in ((1, "interrupted"), (2, "failed")):
@@ -104,6 +160,20 @@ def test_differences_that_forbid_comparison_are_told(tmp_path):
     text = "\n".join(load(tmp_path).warnings)
     for part in ("device: another (adam); synthetic (", "threads", "commit", "torch: 2.11.0, 2.13.0", "uncommitted"):
         assert part in text
+
+
+def test_surrogates_versions_and_budgets_that_differ_are_told(tmp_path):
+    write_records(tmp_path, tasks=[TASK, "gcn_sbm"], seeds=2, trials=0)
+    for path in tmp_path.glob(f"runs/{TASK}/lw_sgdm/*"):
+        summary = json.loads((path / "summary.json").read_text()) | {"surrogate": "Olivetti"}
+        (path / "summary.json").write_text(json.dumps(summary))
+        config = yaml.safe_load((path / "config.yaml").read_text()) | {"budget": {"epochs": 3}}
+        config["optimizer"]["about"]["version"] = 2
+        (path / "config.yaml").write_text(yaml.dump(config))
+    text = "\n".join(load(tmp_path).warnings)
+    assert f"{TASK}: runs differ in surrogate: Olivetti (lw_sgdm); none (adamw, lw_adamw, sgdm)" in text
+    assert f"{TASK}: runs differ in the task's settings or the budget" in text
+    assert f"lw_sgdm: of several versions: 1 (gcn_sbm); 2 ({TASK})" in text
 
 
 def test_settings_that_the_search_no_longer_selects_are_set_aside(tmp_path):

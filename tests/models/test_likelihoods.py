@@ -145,3 +145,12 @@ def test_labels_that_torch_leaves_out_are_refused():
     labels = torch.tensor([0, -100])
     with pytest.raises(IndexError, match="-100 is out of bounds"):
         Categorical().nll(torch.zeros(2, 3), labels)
+
+
+def test_a_net_of_one_output_may_leave_its_dimension_out():
+    z, y = torch.randn(5), torch.tensor([0, 1, 1, 0, 1])
+    for likelihood, targets in ((Gaussian(), torch.randn(5)), (Bernoulli(), y), (Bernoulli(), y.bool())):
+        column = targets.float()[:, None]
+        for name in ("nll", "metric", "residual"):
+            found, expected = getattr(likelihood, name)(z, targets), getattr(likelihood, name)(z[:, None], column)
+            torch.testing.assert_close(found, expected.reshape(5))

@@ -426,3 +426,50 @@ def test_a_sparse_gradient_is_refused():
         LWSGDm(model.parameters()).step(
             Objective(model, Categorical())(torch.randint(9, (12, 1)), torch.zeros(12).long())
         )
+
+
+class Recentred(nn.Module):
+    """Changes its input in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.linear, self.in_place = nn.Linear(6, 3), in_place
+
+    def forward(self, x):
+        if self.in_place:
+            x -= 1.0
+            return self.linear(x)
+        return self.linear(x - 1.0)
+
+
+def test_a_pass_that_is_not_the_same_again_is_told(recwarn):
+    batch = torch.randn(8, 6), torch.arange(8) % 3
+    LWSGDm((model := Recentred(False)).parameters()).step(Objective(model, Categorical())(*batch))
+    dropping = nn.Sequential(nn.Dropout(), nn.Linear(6, 3))
+    LWSGDm(dropping.parameters()).step(Objective(dropping, Categorical())(*batch))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="Recentred gives other outputs when it is called with the same inputs again"):
+        LWSGDm((model := Recentred(True)).parameters()).step(Objective(model, Categorical())(*batch))
+
+
+def test_rows_are_indices_or_a_mask_and_may_repeat():
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    objective, mask = Objective(model, Categorical()), torch.tensor([True, False, True, True, False, False])
+    labels = torch.tensor([0, 2, 1])
+    losses = [
+        objective(x, labels, rows=rows)() for rows in (mask, [0, 2, 3], torch.tensor([0, 2, 3], dtype=torch.int32))
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    repeated = objective(x, torch.tensor([0, 2, 0, 1]), rows=torch.tensor([0, 0, 0, 1]))
+    outputs = model(x).detach().requires_grad_()
+    expected = torch.autograd.grad(repeated.losses(outputs).sum(), outputs)[0]
+    torch.testing.assert_close(repeated.residual(outputs), expected)
+
+
+def test_outputs_that_are_no_tensor_are_told():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(TypeError, match="the model returned a tuple, not a tensor"):
+        Objective(Pair(4, 3), Categorical())(torch.randn(6, 4), torch.arange(6) % 3)()

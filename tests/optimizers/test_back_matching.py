@@ -181,3 +181,21 @@ def test_a_measurement_that_is_not_finite_is_left_out_and_told():
     optimizer._average(torch.full_like(rates, torch.inf), torch.ones_like(rates))
     torch.testing.assert_close(optimizer._rates["rate"], rates)
     assert all(layer["skipped"] == 1 for layer in optimizer.diagnostics().values())
+
+
+def test_a_layer_that_is_not_called_keeps_its_rate():
+    """A head that is not in use gives no measurement, not one of zero."""
+    model = nn.ModuleDict({"trunk": nn.Linear(6, 8), "one": nn.Linear(8, 3), "other": nn.Linear(8, 3)})
+    net = nn.Sequential(model["trunk"], nn.ReLU())
+    net.model, net.head = model, "one"
+    net.forward = lambda x: model[net.head](torch.relu(model["trunk"](x)))
+    optimizer, objective = BackMatching(net.parameters(), lr=0.01, every=1), Objective(net, Gaussian())
+    for head, steps in (("one", 3), ("other", 40)):
+        net.head = head
+        for _ in range(steps):
+            optimizer.step(objective(torch.randn(16, 6), torch.randn(16, 3)))
+        if head == "one":
+            names = [layer.name for layer in objective.layers]
+            idle = next(i for i, name in enumerate(names) if name.endswith("one"))
+            before = optimizer._rates["rate"][idle].clone()
+    assert before > 0 and optimizer._rates["rate"][idle] == before

@@ -222,3 +222,12 @@ def test_frozen_parameters_have_no_part_in_decay_and_penalty():
     before = objective(x, y).evaluate()
     optimizer.step(objective(x, y))
     assert objective(x, y).evaluate() < before
+
+
+def test_a_front_without_trained_parameters_has_nothing_to_hold():
+    model = nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].requires_grad_(False)
+    optimizer = RescaledSGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    batch = torch.randn(8, 6), torch.arange(8) % 3
+    losses = [optimizer.step(Objective(model, Categorical())(*batch)) for _ in range(5)]
+    assert losses[-1] < losses[0]

@@ -519,6 +519,8 @@ def test_bad_input(method):
         small_objective(model)(torch.randn(0, 6), torch.randint(3, (0,)))
     with pytest.raises(ValueError, match="population=0 is impossible"):
         small_objective(model, population=0)
+    with pytest.raises(ValueError, match=r"population is the number of training examples \(len\(dataset\)\)"):
+        small_objective(model, population=3)(*small_batch())
     with pytest.raises(TypeError, match=r"Categorical'> is no likelihood: Objective\(model, Categorical\(\)\)"):
         Objective(model, Categorical)
     with pytest.raises(ValueError, match=r"shape \(2,\) in LW.* is none of the model's"):
@@ -530,6 +532,7 @@ def test_bad_input(method):
         {"growth": 1.0},
         {"brake": 0.9},
         {"look_back": "maybe"},
+        {"lr": 0.001},
         {"weight_decay": -1.0},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):

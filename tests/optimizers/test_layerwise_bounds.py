@@ -130,7 +130,7 @@ def test_step_sizes_shrink_while_the_loss_rises(method, brake):
     optimizer.step(small_objective(model)(torch.randn(8, 6), torch.arange(8) % 3))
     search = optimizer._search
     search |= {"slope": one, "noise": 0 * one, "curvature": 1e-9 * one.view(1, 1), "moved": 1 * one}
-    search |= {"measured": 100, "resolved": 1 * one, "loss": one[0], "ceiling": 1 * one, "usual_length": 1 * one}
+    search |= {"measured": 100, "resolved": one[0], "loss": one[0], "ceiling": 1 * one, "usual_length": 1 * one}
     noise = (math.pi / 8 * 0.5) ** 0.5 * 0.8  # of the difference of two averages of weight 0.5
     for risen in (-3.0, 0.0, 0.25, 1.0, 7.0):
         before = search["ceiling"].clone()
@@ -139,6 +139,24 @@ def test_step_sizes_shrink_while_the_loss_rises(method, brake):
         part = min(max(risen, 0.0), 1.0)
         pace = 1.1 if brake is None else 1.1 ** (1 - part) / brake**part
         assert (search["ceiling"] / before).item() == pytest.approx(pace)
+
+
+@BOTH
+def test_a_loss_that_stays_high_does_not_brake_for_good(method):
+    """After a jump that no step made (another task, longer sequences) steps shorten tenfold and then grow again."""
+    model = nn.Linear(2, 1)
+    optimizer = method(model.parameters())
+    optimizer.step(small_objective(model)(torch.randn(8, 2), torch.zeros(8, dtype=torch.long)))
+    search, bounds, paces = optimizer._search, optimizer.bounds, []
+    search["resolved"] = torch.ones(())
+    for number, noise in enumerate(torch.randn(600, generator=torch.Generator().manual_seed(0))):
+        search["measured"] += 1
+        search.add_loss((5 if number < 300 else 500) + noise, search.weight())
+        paces.append(bounds._pace(search))
+    sizes = torch.stack(paces).log().cumsum(0)
+    least = (sizes[300:] - sizes[299]).amin().exp()
+    assert 1 / 10 / bounds.brake <= least <= 1 / 5
+    assert sizes[-1] > sizes[299]
 
 
 @BOTH
