@@ -84,6 +84,7 @@ def cnn(r: random.Random) -> dict:
 def gcn(r: random.Random) -> dict:
     """Two graph convolutions on a graph of communities."""
     nodes, words, classes = r.choice([1000, 2000]), r.choice([200, 500]), r.randint(3, 7)
+    nodes -= nodes % classes  # communities are of one size
     data = ["_target_: data.graphs.stochastic_block_model", f"nodes: {nodes}  # drawn"]
     data += [
         f"communities: {classes}  # drawn",
