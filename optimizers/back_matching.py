@@ -141,13 +141,13 @@ class BackMatching(LayeredOptimizer):
         """Take one measurement into the averages; ``rate`` is ``q_l Π 1/m_k``."""
         rates = self._rates
         finite = propagated.isfinite() & parameters.isfinite()
-        rates["skipped"] = rates.get("skipped", 0) + ~finite
-        finite = (finite & (propagated > 0) & (parameters > 0)).to(propagated.dtype)  # a layer may not have been called
-        rates["measured"] = rates.get("measured", 0) + finite
+        counts = finite & (propagated > 0) & (parameters > 0)  # a layer may not have been called, or not be reached
+        rates["skipped"] = rates.get("skipped", 0) + (~finite).to(propagated.dtype)
+        rates["measured"] = rates.get("measured", 0) + counts.to(propagated.dtype)
         weight = (1 / rates["measured"]).clamp(1 - self.averaging, 1)  # a plain mean until it has its length
         for name, value in (("propagated", propagated), ("parameters", parameters)):
             past = rates.get(name, torch.zeros_like(value))
-            rates[name] = torch.where(finite > 0, past.lerp(value, weight), past)
+            rates[name] = torch.where(counts, past.lerp(value, weight), past)
         product = rates["propagated"] * rates["parameters"]
         rates["rate"] = torch.where(product > 0, 1 / product, 0)  # no signal reaches the layer: nor does a gradient
 

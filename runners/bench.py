@@ -239,7 +239,7 @@ def earlier(folder: Path, workloads: list[str]) -> tuple[pd.DataFrame, pd.DataFr
     try:
         table, context = pd.read_csv(folder / "bench.csv"), pd.read_csv(folder / "context.csv")
         table = table[~table.workload.isin(workloads)]
-        left = [" ".join(set(of.split()) & set(table.workload)) for of in context.workloads]
+        left = [" ".join(name for name in of.split() if name in set(table.workload)) for of in context.workloads]
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder} has an earlier benchmark that cannot be read, {error}: move it away") from error
     return table, context.assign(workloads=left)[[words != "" for words in left]]

@@ -84,16 +84,19 @@ def cnn(r: random.Random) -> dict:
 def gcn(r: random.Random) -> dict:
     """Two graph convolutions on a graph of communities."""
     nodes, words, classes = r.choice([1000, 2000]), r.choice([200, 500]), r.randint(3, 7)
-    nodes -= nodes % classes  # communities are of one size
-    data = ["_target_: data.graphs.stochastic_block_model", f"nodes: {nodes}  # drawn"]
-    data += [
+    data = [
+        "_target_: data.graphs.stochastic_block_model",
+        f"nodes: {nodes - nodes % classes}  # drawn; communities are of one size",
         f"communities: {classes}  # drawn",
         f"words: {words}  # drawn",
         f"degree: {r.choice([2.0, 4.0, 8.0])}  # drawn",
+        f"homophily: {r.choice([0.6, 0.75, 0.85])}  # drawn",
+        "words_per_node: 10  # as the embedded task's",
+        "topic_share: 0.3  # as the embedded task's",
+        f"train_per_class: {r.choice([10, 20, 40])}  # drawn",
+        "validation: 200  # ours",
+        "test: 500  # ours",
     ]
-    data += [f"homophily: {r.choice([0.6, 0.75, 0.85])}  # drawn", "words_per_node: 10  # as the embedded task's"]
-    data += ["topic_share: 0.3  # as the embedded task's", f"train_per_class: {r.choice([10, 20, 40])}  # drawn"]
-    data += ["validation: 200  # ours", "test: 500  # ours"]
     model = ["_target_: models.gcn.GCN", f"features: {words}  # data", f"hidden: {r.choice([8, 16, 64, 256])}  # drawn"]
     model += [f"classes: {classes}  # data", f"dropout: {r.choice([0.0, 0.5, 0.8])}  # drawn"]
     facts = {"likelihood": "Categorical", "drop_last": "false", "select": "{metric: val_accuracy, mode: max}"}
@@ -141,7 +144,6 @@ def write(count: int, folder: Path = CONFIGS) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        write(int(sys.argv[1]))
-    except (IndexError, ValueError):
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal() or not int(sys.argv[1]):
         sys.exit("error: how many nets? type python -m runners.draw 12")
+    write(int(sys.argv[1]))
