@@ -12,8 +12,9 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from analysis import statistics
+from analysis.alike import versions_of
 from analysis.comparisons import LOSS_FLOOR
-from analysis.records import Records, versions_of
+from analysis.records import Records
 from analysis.verdicts import Claim, NotTestedError, Verdict, all_hold, each, guarded, runs_of, tasks_of
 
 LINE = 0.9  # least R² of what is called a line

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 
 from analysis import tables
 from analysis.panels import AXIS_LABELS, MEASURES, Drawn, measure_names, methods_of, panels, scale_of
-from analysis.records import AXES, Records
+from analysis.reading import AXES
+from analysis.records import Records
 from analysis.style import canvas, heading, legend, log_axis, names_at_ends, shade, style, value_axis
 
 SCALED = "curvature_rescaling"

@@ -1,48 +1,33 @@
 """Load every record under a results root into tidy tables.
 
 A record is a folder `<task>/<optimizer>/<hash>/` with `summary.json`, `metrics.csv`, `config.yaml` and, for methods
-with per-layer step sizes, `layers.csv`; of a task also packed (`analysis.packed`). Only files are read, never project
-code, so that records of another machine or another version of the harness can be analysed too; which tasks and seeds a
-profile asks for stands in `configs/profile/`. What cannot be read is listed with its reason, never fatal.
+with per-layer step sizes, `layers.csv`; of a task also packed (`analysis.packed`). Which tasks and seeds a profile asks
+for stands in `configs/profile/`. What cannot be read is listed with its reason, never fatal.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
 
+from analysis.alike import current_of, warnings_of
 from analysis.packed import unpack
+from analysis.reading import AXES, FLAT, PROVENANCE, VALUES, read_record, read_searches, read_table
 
-RECORD_VERSION = 1
 PROFILES = Path(__file__).parents[1] / "configs" / "profile"
-AXES = ("epoch", "train_seconds", "gradient_equivalents", "step")
-VALUES = ("train_loss", "val_loss", "test_loss", "val_metric", "test_metric")
-FLAT = (
-    "status", "task", "family", "optimizer", "label", "kind", "seed", "holdout", "steps", "epochs", "train_seconds",
-    "seconds_per_step", "peak_memory_bytes", "gradient_equivalents", "contended", "diverged_at", "surrogate", "message",
-)  # fmt: skip
-PROVENANCE = ("commit", "dirty", "device", "driver", "threads", "created")
 STUDIES = {
     "linear_convergence": ["task", "width", "estimator", "seed", "step", "gap", "rate_derived"],
     "estimators": ["model", "layer", "estimator", "relative_bias", "standard_error"],
 }
 BENCH = ["workload", "optimizer", "time_ratio", "memory_ratio", "steps"]
-REQUIRED = ("record_version", "status", "task", "optimizer", "seed", "final")
-# Where a run was made, logged and stored does not change what it computes: left out when two configs are compared.
-# `profile` is represented by the budget it gives to the task.
-WHERE = (
-    "seed", "results", "data", "tracker", "launcher", "device", "threads", "profile", "tuning", "progress",
-    "experiment", "hydra", "cuda_graphs",
-)  # fmt: skip
+ABLATION = ["task", "optimizer", "n", "diverged", "train_loss_mean"]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: what is computed from it can be cached
@@ -135,7 +120,7 @@ class Records:
         """Per-layer diagnostics of one run: `step, epoch, layer, quantity, value` (empty if it has none)."""
         columns = ["step", "epoch", "layer", "quantity", "value"]
         try:
-            layers = _table(self.folder / run / "layers.csv", columns)
+            layers = read_table(self.folder / run / "layers.csv", columns)
         except (FileNotFoundError, ValueError):
             return pd.DataFrame(columns=columns)
         return layers.assign(value=pd.to_numeric(layers.value, errors="coerce"))
@@ -143,37 +128,20 @@ class Records:
     def study(self, name: str) -> pd.DataFrame | None:
         """The table `study/<name>.csv` under the root; None where there is none."""
         path = self.root / "study" / f"{name}.csv"
-        return _table(path, STUDIES[name]) if path.exists() else None
+        return read_table(path, STUDIES[name]) if path.exists() else None
 
     @cached_property
     def benches(self) -> dict[str, pd.DataFrame]:
         """The benchmark's tables by device, from `bench/<device>/bench.csv` beside the root: the rows that ran."""
         paths = sorted(self.root.resolve().parent.glob("bench/*/bench.csv"))
-        tables = {path.parent.name: _table(path, BENCH) for path in paths}
+        tables = {path.parent.name: read_table(path, BENCH) for path in paths}
         return {device: table[table.time_ratio.notna()] for device, table in tables.items()}
 
     @cached_property
     def ablations(self) -> dict[str, pd.DataFrame]:
         """Tables of `analysis.ablation` by what they vary, from `ablation/<name>/ablation.csv` beside the root."""
         paths = sorted(self.root.resolve().parent.glob("ablation/*/ablation.csv"))
-        return {
-            path.parent.name: _table(path, ["task", "optimizer", "n", "diverged", "train_loss_mean"]) for path in paths
-        }
-
-
-def _table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A table that has these columns, and rows.
-
-    Raises:
-        ValueError: it has not.
-    """
-    try:
-        table = pd.read_csv(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); make it again, or remove it") from None
-    if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; make it again, or remove it")
-    return table
+        return {path.parent.name: read_table(path, ABLATION) for path in paths}
 
 
 def load(root: Path | str) -> Records:
@@ -192,7 +160,7 @@ def load(root: Path | str) -> Records:
         if not path.is_dir() or (folder == root and path.parts[len(root.parts)] in ("tuning", "report")):
             continue
         try:
-            row, curve = _read(path)
+            row, curve = read_record(path)
         except ValueError as error:
             shown = Path("runs") / path.relative_to(folder) if unpacked else path.relative_to(root)
             skipped.append({"folder": str(shown), "reason": str(error)})
@@ -202,12 +170,12 @@ def load(root: Path | str) -> Records:
         tables.append(curve)
     for path in sorted(root.glob("runs/[!.]*/")) if unpacked else ():
         skipped.append({"folder": str(path.relative_to(root)), "reason": "beside packed records, which alone are read"})
-    trials, tunings = _read_tunings(root, skipped)
+    trials, tunings = read_searches(root, skipped)
     runs = _runs_table(rows)
-    runs["current"] = _current(runs, tunings)
+    runs["current"] = current_of(runs, tunings)
     curves = _curves_table([row["run"] for row in rows], tables)
     skipped = pd.DataFrame(skipped, columns=["folder", "reason"])
-    return Records(root, folder, unpacked, runs, curves, trials, tunings, skipped, _warnings(runs))
+    return Records(root, folder, unpacked, runs, curves, trials, tunings, skipped, warnings_of(runs))
 
 
 def _declared(profile: dict) -> dict:
@@ -218,85 +186,6 @@ def _declared(profile: dict) -> dict:
 
 def _runs_folder(root: Path) -> Path:
     return root / "runs" if (root / "runs").is_dir() else root
-
-
-def _read(path: Path) -> tuple[dict, pd.DataFrame]:
-    """One record's row and curve; a ValueError tells in a few words why it cannot be read."""
-    try:
-        summary = json.loads((path / "summary.json").read_bytes())
-    except FileNotFoundError:
-        half = (path / "config.yaml").exists() or (path / "metrics.csv").exists()
-        raise ValueError("unfinished: no summary.json" if half else "not a record: no summary.json") from None
-    except ValueError:
-        raise ValueError("summary.json is not JSON") from None
-    missing = [key for key in REQUIRED if not isinstance(summary, dict) or key not in summary]
-    if missing:
-        raise ValueError(f"summary.json lacks {', '.join(missing)}")
-    if summary["record_version"] != RECORD_VERSION:
-        raise ValueError(f"record version {summary['record_version']}; this analysis reads version {RECORD_VERSION}")
-    try:
-        curve = pd.read_csv(path / "metrics.csv")
-    except (FileNotFoundError, ValueError):  # pandas' own errors and a bad encoding are of the latter kind
-        raise ValueError("metrics.csv is missing or unreadable") from None
-    metric = next((c.removeprefix("test_") for c in curve.columns if c.startswith("test_") and c != "test_loss"), None)
-    missing = [column for column in (*AXES, "train_loss") if column not in curve.columns]
-    if missing or metric is None:
-        raise ValueError(f"metrics.csv lacks {', '.join(missing) or 'a test metric'}")
-    curve = curve.rename(columns={f"val_{metric}": "val_metric", f"test_{metric}": "test_metric"})
-    if not len(curve):  # of a run that was not finite at its first evaluation
-        curve.loc[0] = {column: 0.0 if column in AXES else np.nan for column in curve}
-    if summary["status"] == "finished" and curve.step.iloc[-1] != summary.get("steps", curve.step.iloc[-1]):
-        raise ValueError(f"metrics.csv ends at step {curve.step.iloc[-1]} of {summary['steps']}")
-    try:
-        return _row(summary, _read_config(path / "config.yaml"), metric), curve
-    except (AttributeError, TypeError):
-        raise ValueError("summary.json or config.yaml has another form than records have") from None
-
-
-def _row(summary: dict, config: dict, metric: str) -> dict:
-    """The columns of one record."""
-    row = {key: summary.get(key) for key in FLAT} | {"metric": metric, "config": config, "variant": _variant(config)}
-    for kind in ("final", "best"):
-        values = summary.get(kind) or {}
-        for value in VALUES:
-            row[f"{kind}_{value}"] = values.get(value.replace("metric", metric))
-    row["tuning"] = {} | (summary.get("tuning") or {})
-    provenance = summary.get("provenance") or {}
-    versions = {package: str(version) for package, version in (provenance.get("versions") or {}).items()}
-    return row | {key: provenance.get(key) for key in PROVENANCE} | {"versions": versions}
-
-
-def _read_config(path: Path) -> dict:
-    """A run's config, {} if there is none; a TypeError if its groups are no groups."""
-    try:
-        # Seeds of one method differ in this line alone: without it each text is parsed once.
-        config = _parse(re.sub(r"(?m)^seed:.*\n", "", path.read_text()))
-    except FileNotFoundError:
-        return {}
-    for group in ("task", "optimizer", "profile"):
-        if not isinstance(config.get(group) or {}, dict):
-            raise TypeError(group)
-    return config
-
-
-@lru_cache(maxsize=4096)
-def _parse(text: str) -> dict:
-    try:
-        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _variant(config: dict) -> str:
-    """A short name of a run's settings: equal for two runs that differ only in the seed or in where they were made."""
-    settings = {key: value for key, value in config.items() if key not in WHERE}
-    settings["profile_budget"] = _profile_budget(config)
-    if config.get("optimizer"):  # what is said about a method is none of its settings
-        about = config["optimizer"].get("about") or {}
-        settings["optimizer"] = {key: value for key, value in config["optimizer"].items() if key != "search"}
-        settings["optimizer"]["about"] = [about.get("name"), about.get("version")]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _runs_table(rows: list[dict]) -> pd.DataFrame:
@@ -324,106 +213,3 @@ def _curves_table(names: list[str], tables: list[pd.DataFrame]) -> pd.DataFrame:
     curves = curves.apply(pd.to_numeric, errors="coerce").astype(float)
     curves.insert(0, "run", pd.Categorical.from_codes(np.repeat(np.arange(len(names)), lengths), categories=names))
     return curves
-
-
-def _read_tunings(root: Path, skipped: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    trials, tunings = [], []
-    for path in sorted(root.glob("tuning/*/*.json")):
-        try:
-            search = json.loads(path.read_bytes())
-            key = {"task": search["task"], "optimizer": search["optimizer"]}
-            key |= {"metric": search.get("metric"), "mode": search.get("mode") or "min"}
-            for trial in search["trials"]:
-                # A trial's folder may be written from any place; its last three parts are its name here.
-                run = "/".join(Path(trial["folder"] or "").parts[-3:])
-                trials.append(key | {"values": trial["values"], "run": run, "status": trial.get("status")})
-                trials[-1]["score"] = trial.get("score")
-            searched = {name: search.get(name) for name in ("selected", "score", "on_edge")}
-            tunings.append(key | searched | {"trials": len(search["trials"])})
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"not a search: {type(error).__name__} {error}"
-            skipped.append({"folder": str(path.relative_to(root)), "reason": reason})
-    trials = pd.DataFrame(trials, columns=["task", "optimizer", "values", "run", "status", "score", "metric", "mode"])
-    trials["score"] = pd.to_numeric(trials.score, errors="coerce").astype(float)
-    columns = ["task", "optimizer", "trials", "selected", "score", "on_edge", "metric", "mode"]
-    return trials, pd.DataFrame(tunings, columns=columns)
-
-
-def _current(runs: pd.DataFrame, tunings: pd.DataFrame) -> np.ndarray:
-    """Which runs belong to the settings that stand for their method on their task.
-
-    A root may hold older settings of a method (a search repeated with more trials, a rate set by hand, a method or task
-    of an earlier version). The settings that the present search selected come first, then the latest versions, then the
-    most seeds, then the newest.
-    """
-    selected = {(t.task, t.optimizer): (t.selected, t.trials) for t in tunings.itertuples()}
-    current = np.zeros(len(runs), dtype=bool)
-    finals = runs[~runs.holdout & runs.status.isin(["finished", "diverged"])]
-    for key, group in finals.groupby(["task", "optimizer"]):
-
-        def rank(variant: str, group: pd.DataFrame = group, key: tuple = key) -> tuple:
-            rows = group[group.variant == variant]
-            tuning = rows.tuning.iloc[0]
-            tuned = (tuning.get("selected"), tuning.get("trials")) == selected.get(key, (None, None))
-            return tuned, versions_of(rows.config.iloc[0]), rows.seed.nunique(), str(rows.created.max()), variant
-
-        best = max(group.variant.unique(), key=rank)
-        current[group.index[group.variant == best]] = True
-    current |= (runs.holdout | ~runs.index.isin(finals.index)).to_numpy()
-    # The same seed run twice with the same settings (on two machines): the newest stands.
-    newest = finals[current[finals.index]].sort_values("created", kind="stable")
-    current[newest.index[newest.duplicated(["task", "optimizer", "seed"], keep="last")]] = False
-    return current
-
-
-def problem_of(config: dict) -> str:
-    """What a run was to solve, and for how long: task and budget, without what is only read off."""
-    task = {k: v for k, v in (config.get("task") or {}).items() if k not in ("target", "evaluate_every", "select")}
-    return json.dumps([task, config.get("budget"), _profile_budget(config)], sort_keys=True, default=str)
-
-
-def _profile_budget(config: dict) -> dict | None:
-    """What the run's profile gives to its task."""
-    task, profile = config.get("task") or {}, config.get("profile") or {}
-    return (profile.get("budgets") or {}).get(task.get("name"))
-
-
-def versions_of(config: dict) -> tuple[int, int]:
-    """Versions of the task and of the method; 0 where a config states none."""
-    task, about = config.get("task"), (config.get("optimizer") or {}).get("about")
-    return tuple(int(part.get("version") or 0) if isinstance(part, dict) else 0 for part in (task, about))
-
-
-def _warnings(runs: pd.DataFrame) -> list[str]:
-    """What should be the same among the runs of one task and is not."""
-    found = []
-    finals = runs[~runs.holdout & runs.current & runs.status.isin(["finished", "diverged"])]
-    for task, group in finals.groupby("task"):
-        same = {column: group[column] for column in ("device", "threads", "commit", "surrogate")}
-        same["cuda_graphs"] = group.config.map(lambda config: config.get("cuda_graphs") or False)
-        same["number of trials"] = group.tuning.map(lambda tuning: tuning.get("trials")).replace(0, np.nan).dropna()
-        for name, values in same.items():
-            methods = group.groupby(values.where(values.notna(), "none").map(str)).optimizer.unique()
-            if len(methods) > 1:
-                parts = [f"{value[:24]} ({', '.join(sorted(names))})" for value, names in methods.items()]
-                found.append(f"{task}: runs differ in {name}: {'; '.join(parts)}")
-        versions = pd.DataFrame(group.versions.tolist())
-        for package in versions.columns[versions.nunique() > 1]:
-            seen = ", ".join(sorted(versions[package].dropna().astype(str).unique()))
-            found.append(f"{task}: runs differ in version of {package}: {seen}")
-        if group.dirty.fillna(False).any():
-            found.append(f"{task}: {int(group.dirty.fillna(False).sum())} runs were made from uncommitted code")
-        if group.config.map(problem_of).nunique() > 1:
-            found.append(f"{task}: runs differ in the task's settings or the budget; no claim compares those")
-    for optimizer, group in finals.groupby("optimizer"):
-        versions = group.groupby(group.config.map(lambda config: versions_of(config)[1])).task.unique()
-        if len(versions) > 1:
-            parts = [f"{version} ({', '.join(sorted(tasks))})" for version, tasks in versions.items()]
-            found.append(f"{optimizer}: of several versions: {'; '.join(parts)}")
-    stale = runs[~runs.current]
-    for (task, optimizer), group in stale.groupby(["task", "optimizer"]):
-        found.append(f"{task}: {len(group)} runs of {optimizer} with other settings are set aside")
-    no_config = runs[runs.config.map(len) == 0]
-    if len(no_config):
-        found.append(f"{len(no_config)} runs have no readable config.yaml: their settings cannot be compared")
-    return found

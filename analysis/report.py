@@ -21,7 +21,8 @@ import yaml
 from analysis import claims, figures, paper, tables
 from analysis.curves import learnt, mean_curves, reach
 from analysis.panels import AXIS_LABELS, Drawn, methods_of, metric_name, scale_of
-from analysis.records import AXES, Records, load
+from analysis.reading import AXES
+from analysis.records import Records, load
 from analysis.style import style
 from analysis.verdicts import NOT_REPRODUCED, NOT_TESTED, REPRODUCED
 

@@ -12,7 +12,8 @@ import yaml
 from make_records import HERE, METHODS, Planted, write_committed, write_records, write_run
 
 from analysis.packed import pack
-from analysis.records import AXES, VALUES, load
+from analysis.reading import AXES, VALUES
+from analysis.records import load
 
 TASK = "autoencoder_curves_small"
 

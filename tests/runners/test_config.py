@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from analysis.records import _variant
+from analysis.alike import variant_of
 from analysis.report import command
 from runners.config import ConfigError, digest, resolve, run_folder, stream_seed
 
@@ -154,5 +154,5 @@ def test_what_is_one_run_is_one_method_of_the_report(compose, override):
     """Seeds made after a word has changed are compared with those made before."""
     configs = [OmegaConf.to_container(resolve(compose(*BASE, "device=cpu", *more))) for more in ((), (override,))]
     configs[1]["cuda_graphs"] = "if_possible"
-    assert _variant(configs[0]) == _variant(configs[1])
+    assert variant_of(configs[0]) == variant_of(configs[1])
     assert (digest(configs[0]) == digest(configs[1])) == (override != "seed=3")
