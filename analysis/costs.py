@@ -107,7 +107,8 @@ def _ratios(title: str, table: pd.DataFrame, note: str):
     optimizers, names = order(table.optimizer), table.drop_duplicates("optimizer").set_index("optimizer").method
     marks = dict(zip(table.task.unique(), cycle("osD^vP*Xhd<>p"), strict=False))
     shown = {column: parts for column, parts in RATIOS.items() if table[column].notna().any()}
-    figure, axes = canvas(title, len(shown), height=0.25 * len(optimizers) + 1.25, note=note)
+    tall = max(0.25 * len(optimizers) + 1.25, 0.18 * len(marks) + 1.2)  # of the rows, and of the legend beside them
+    figure, axes = canvas(title, len(shown), height=tall, note=note)
     width, tall = figure.get_size_inches()
     figure.subplots_adjust(left=1.6 / width, top=1 - 0.95 / tall)
     for panel, (column, (name, limit, words)) in zip(axes[0], shown.items(), strict=True):
